@@ -1,0 +1,1 @@
+"""From a sweep's records to a decision: statistics, figures, report."""

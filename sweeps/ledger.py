@@ -1,0 +1,146 @@
+"""A sweep directory read back as records: what analysis and deploy know about a sweep.
+
+`read_sweep("runs/quickstart")` -> `SweepRecord` with one `TrialRecord` a trial directory, ordered by
+number. Reads only; never opens the study, so it is safe while the sweep is running.
+"""
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import yaml
+
+from training.config import TrialConfig
+from training.exceptions import SweepError
+from training.paths import SweepPaths, TrialPaths, read_json
+
+METRIC = "eval/loss"
+
+
+@dataclass(frozen=True)
+class TrialRecord:
+    """One trial as its directory tells it."""
+
+    number: int
+    paths: TrialPaths
+    name: str
+    """What the sampler calls it (`baseline`, `combination`) or its parameters as text."""
+    settings: dict[str, Any]
+    """Every setting, as `TrialConfig.to_dict` gives them."""
+    params: dict[str, Any]
+    """The settings that the sweep varies."""
+    state: str
+    """`complete`, `pruned`, `failed`, or `running` while there is no result."""
+    result: dict[str, Any]
+    """`result.json`; empty while running."""
+    retry_of: int | None
+    """Number of the failed trial that this one repeats."""
+
+    @property
+    def config(self) -> TrialConfig:
+        return TrialConfig.from_dict(self.settings, f"{self.paths.config}: settings")
+
+    @property
+    def loss(self) -> float | None:
+        """Validation loss at the best step, nats a supervised token."""
+        return self.result.get(METRIC)
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """Lines of metrics.jsonl in order; a torn last line is left out."""
+        return read_metrics(self.paths.metrics)
+
+    def eval_losses(self, step: int) -> pd.DataFrame:
+        """Per-example validation losses at `step`: `example_id`, `loss_sum` (nats), `num_tokens`."""
+        return pd.read_parquet(self.paths.eval_losses(step))
+
+
+@dataclass(frozen=True)
+class SweepRecord:
+    """One sweep directory."""
+
+    paths: SweepPaths
+    definition: dict[str, Any]
+    all_trials: list[TrialRecord]
+    """Every trial, with the failed ones that were run again."""
+
+    @property
+    def name(self) -> str:
+        return self.paths.root.name
+
+    @cached_property
+    def trials(self) -> list[TrialRecord]:
+        """The trials that count: without those that another trial repeats."""
+        repeated = {trial.retry_of for trial in self.all_trials}
+        return [trial for trial in self.all_trials if trial.number not in repeated]
+
+    @property
+    def finished(self) -> list[TrialRecord]:
+        return [trial for trial in self.trials if trial.state == "complete"]
+
+    def trial(self, number: int) -> TrialRecord:
+        for trial in self.all_trials:
+            if trial.number == number:
+                return trial
+        raise SweepError(f"{self.paths.root}: trial {number} is not there")
+
+    def best(self) -> TrialRecord:
+        """The finished trial with the lowest validation loss; the first of equals."""
+        scored = [trial for trial in self.finished if trial.loss is not None]
+        if not scored:
+            raise SweepError(f"{self.paths.root}: no trial has finished, so there is no best one")
+        return min(scored, key=lambda trial: (trial.loss, trial.number))
+
+
+def read_sweep(root: str | Path) -> SweepRecord:
+    """Reads `runs/<sweep>/`.
+
+    Raises:
+        SweepError: the directory is missing, or holds no sweep definition.
+    """
+    paths = SweepPaths(Path(root))
+    if not paths.root.is_dir():
+        raise SweepError(f"{paths.root} is not a directory, but must be a sweep's (runs/NAME)")
+    if not paths.definition.is_file():
+        raise SweepError(
+            f"{paths.root} has no {paths.definition.name}, so it is not a sweep directory"
+        )
+    definition = yaml.safe_load(paths.definition.read_text("utf-8")) or {}
+    directories = sorted(paths.trials.glob("[0-9]*")) if paths.trials.is_dir() else []
+    trials = [
+        read_trial(TrialPaths(path)) for path in directories if TrialPaths(path).config.is_file()
+    ]
+    return SweepRecord(paths, definition, sorted(trials, key=lambda trial: trial.number))
+
+
+def read_trial(paths: TrialPaths) -> TrialRecord:
+    """Reads one trial directory; `config.json` must be there."""
+    config = read_json(paths.config)
+    result = read_json(paths.result) if paths.result.is_file() else {}
+    return TrialRecord(
+        number=int(config.get("number", 0)),
+        paths=paths,
+        name=config.get("name") or paths.root.name,
+        settings=config["settings"],
+        params=config.get("params", {}),
+        state=result.get("state", "running"),
+        result=result,
+        retry_of=config.get("retry_of"),
+    )
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Records of a metrics.jsonl; lines that are not whole JSON objects are skipped."""
+    if not path.is_file():
+        return []
+    records = []
+    for line in path.read_text("utf-8").splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(record, dict):
+            records.append(record)
+    return records

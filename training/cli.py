@@ -1,0 +1,82 @@
+"""How every command reads its options and ends.
+
+Options are dataclasses parsed by `transformers.HfArgumentParser`, as TRL users expect. A mistake of
+the user's is one line on stderr and exit status 2; Ctrl-C is 130; a fault of ours keeps its traceback.
+"""
+
+import argparse
+import copy
+import dataclasses
+import errno
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from transformers.hf_argparser import HfArgumentParser
+
+from training.exceptions import LoraloomError, nearest
+
+
+class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    pass
+
+
+class CommandParser(HfArgumentParser):
+    """HfArgumentParser whose errors are one line and suggest the nearest option."""
+
+    @staticmethod
+    def _parse_dataclass_field(
+        parser: argparse.ArgumentParser, field: dataclasses.Field[Any]
+    ) -> None:
+        # HfArgumentParser hands all metadata to argparse; what begins with "_" is ours (limits).
+        field = copy.copy(field)
+        field.metadata = {  # pyright: ignore[reportAttributeAccessIssue]
+            key: value for key, value in field.metadata.items() if not key.startswith("_")
+        }
+        HfArgumentParser._parse_dataclass_field(parser, field)
+
+    def error(self, message: str) -> NoReturn:
+        prefix = "unrecognized arguments: "
+        if message.startswith(prefix):
+            unknown = message.removeprefix(prefix).split()[0].split("=")[0]
+            message = f"{unknown} is not an option" + nearest(unknown, self._option_string_actions)
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def make_parser(prog: str, description: str, options: Sequence[type] = ()) -> CommandParser:
+    """Parser with one option per dataclass field; add positional arguments to it as to any parser."""
+    return CommandParser(
+        list(options),  # pyright: ignore[reportArgumentType]
+        prog=f"python -m {prog}",
+        description=description,
+        formatter_class=_Formatter,
+        allow_abbrev=False,
+    )
+
+
+def parse(parser: CommandParser, args: Sequence[str] | None = None) -> tuple[Any, ...]:
+    """Instances of the parser's dataclasses, then a namespace if it has positional arguments."""
+    *parsed, remaining = parser.parse_args_into_dataclasses(
+        args=args, look_for_args_file=False, return_remaining_strings=True
+    )
+    if remaining:
+        parser.error("unrecognized arguments: " + " ".join(remaining))
+    return tuple(parsed)
+
+
+def run_command(main: Callable[[], object]) -> NoReturn:
+    """Runs `main` and ends the process: 0, 2 for a `LoraloomError` or a full disk, 130 for Ctrl-C."""
+    try:
+        main()
+    except LoraloomError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command continues", file=sys.stderr)
+        sys.exit(130)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(f"error: {error.filename or 'output'}: no space left on the disk", file=sys.stderr)
+        sys.exit(2)
+    sys.exit(0)

@@ -1,0 +1,196 @@
+"""Every file name of a sweep on disk, and the atomic writes that put files there.
+
+`SweepPaths` is `runs/<sweep>/`, `TrialPaths` one of its `trials/0007/` (or the `--output_dir` of
+`python -m training.run`). A file that another process may read appears whole or not at all:
+temporary file in the same directory, fsync, rename.
+"""
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class TrialPaths:
+    """Files of one trial."""
+
+    root: Path
+
+    @property
+    def config(self) -> Path:
+        """Settings, written before anything can fail."""
+        return self.root / "config.json"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object a line, append-only; a torn last line is skipped by readers."""
+        return self.root / "metrics.jsonl"
+
+    @property
+    def result(self) -> Path:
+        """Final record; its presence says that the trial has ended."""
+        return self.root / "result.json"
+
+    @property
+    def log(self) -> Path:
+        """What the trial printed, with the traceback of a failure."""
+        return self.root / "trial.log"
+
+    @property
+    def adapter(self) -> Path:
+        """PEFT adapter at the best step."""
+        return self.root / "adapter"
+
+    @property
+    def state(self) -> Path:
+        """Working files of a trial in flight; removed when it ends."""
+        return self.root / "state"
+
+    def eval_losses(self, step: int) -> Path:
+        """Per-example validation losses at `step` (0 is the base model)."""
+        return self.root / "eval" / f"{step}.parquet"
+
+    def test_losses(self, step: int) -> Path:
+        """Per-example test losses at `step`, written when the trial is scored for promotion."""
+        return self.root / "test" / f"{step}.parquet"
+
+
+@dataclass(frozen=True)
+class PromotionPaths:
+    """Files of one promoted version, `promoted/0001/`."""
+
+    root: Path
+
+    @property
+    def merged(self) -> Path:
+        return self.root / "merged"
+
+    @property
+    def adapter(self) -> Path:
+        return self.root / "adapter"
+
+    def gguf(self, name: str, quantization: str) -> Path:
+        return self.root / f"{name}-{quantization}.gguf"
+
+    @property
+    def modelfile(self) -> Path:
+        return self.root / "Modelfile"
+
+    @property
+    def card(self) -> Path:
+        return self.root / "README.md"
+
+    @property
+    def manifest(self) -> Path:
+        return self.root / "manifest.json"
+
+    @property
+    def verification(self) -> Path:
+        return self.root / "verification.json"
+
+
+@dataclass(frozen=True)
+class SweepPaths:
+    """Files of one sweep, `runs/<sweep>/`."""
+
+    root: Path
+
+    @property
+    def definition(self) -> Path:
+        """The sweep YAML as it was given."""
+        return self.root / "sweep.yaml"
+
+    @property
+    def environment(self) -> Path:
+        return self.root / "environment.json"
+
+    @property
+    def study(self) -> Path:
+        """The embedded Optuna study (SQLite)."""
+        return self.root / "study.db"
+
+    @property
+    def lock(self) -> Path:
+        """Held by the one process that writes this sweep."""
+        return self.root / "run.lock"
+
+    @property
+    def trials(self) -> Path:
+        return self.root / "trials"
+
+    def trial(self, number: int) -> TrialPaths:
+        return TrialPaths(self.trials / f"{number:04d}")
+
+    @property
+    def report(self) -> Path:
+        return self.root / "report"
+
+    @property
+    def promoted(self) -> Path:
+        return self.root / "promoted"
+
+    @property
+    def current_promotion(self) -> Path:
+        """Text file holding the promoted version in use, e.g. `0001`."""
+        return self.promoted / "current"
+
+    def promotion(self, number: int) -> PromotionPaths:
+        return PromotionPaths(self.promoted / f"{number:04d}")
+
+
+def cache_dir() -> Path:
+    """Where prepared models and built wheels are kept: `$LORALOOM_CACHE` or `~/.cache/loraloom`."""
+    return Path(os.environ.get("LORALOOM_CACHE") or Path.home() / ".cache" / "loraloom")
+
+
+def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
+    """Calls `write(temporary_path)`, then renames the file it made to `path`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        write(temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes `text` as UTF-8, atomically."""
+    write_atomic(path, lambda temporary: _write_utf8(temporary, text))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes `value` as indented JSON, atomically. NaN and infinities are refused (not JSON)."""
+    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def write_directory(path: Path, write: Callable[[Path], None]) -> None:
+    """Calls `write(temporary_directory)`, then puts that directory in the place of `path`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    temporary.mkdir()
+    try:
+        write(temporary)
+        old = path.with_name(f".{path.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        if path.exists():
+            os.replace(path, old)
+        os.replace(temporary, path)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text("utf-8"))
+
+
+def _write_utf8(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8", newline="\n")
