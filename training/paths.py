@@ -139,6 +139,16 @@ class SweepPaths:
         """Text file holding the promoted version in use, e.g. `0001`."""
         return self.promoted / "current"
 
+    @property
+    def promotion_lock(self) -> Path:
+        """Held by the one process that promotes from this sweep."""
+        return self.promoted / ".lock"
+
+    @property
+    def promotion_draft(self) -> Path:
+        """A version in the making; renamed to its number when it is whole."""
+        return self.promoted / ".draft"
+
     def promotion(self, number: int) -> PromotionPaths:
         return PromotionPaths(self.promoted / f"{number:04d}")
 

@@ -1,0 +1,189 @@
+"""The files of one promoted version: merge -> f16 GGUF -> quantise -> verify -> card, Modelfile, manifest.
+
+`build_version` fills a directory and prints what it measured; `promote.py` decides what is built and
+publishes it.
+"""
+
+import contextlib
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from datasets import Dataset
+from transformers import AutoConfig
+
+from analysis.stats import Interval
+from deploy.card import CardFacts, fallback_note, files_table, losses_table, write_card
+from deploy.export_gguf import export_gguf
+from deploy.manifest import write_manifest
+from deploy.merge import load_merged, merge_adapter
+from deploy.modelfile import write_modelfile
+from deploy.quantize import UNQUANTIZED, Quantization, quantize
+from deploy.score import TestScore
+from deploy.verify import ADAPTER, BASE, MERGED, check_losses, verify_gguf
+from sweeps.ledger import SweepRecord, TrialRecord
+from training.config import DEMO, TrialConfig
+from training.evaluate import example_losses
+from training.model import DEMO_MODEL_ID, end_token_ids
+from training.paths import PromotionPaths, write_json, write_text
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One promotion, decided and checked."""
+
+    sweep: SweepRecord
+    trial: TrialRecord
+    name: str
+    quantizations: Sequence[Quantization]
+    num_verify_examples: int
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What the gate let through."""
+
+    tokenizer: Any
+    test: Dataset
+    counts: Mapping[str, int]
+    """Examples in each split."""
+    score: TestScore
+    interval: Interval
+    """Of test loss, adapter minus base."""
+
+
+@dataclass
+class StageTimes:
+    """Seconds by stage, printed as each ends."""
+
+    times_s: dict[str, float] = field(default_factory=dict)
+
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        print(f"  {name:<18}", end="", flush=True)
+        start = time.perf_counter()
+        try:
+            yield
+        except BaseException:
+            print("failed", flush=True)
+            raise
+        self.times_s[name] = round(time.perf_counter() - start, 2)
+        print(f"{self.times_s[name]:8.1f} s", flush=True)
+
+
+def build_version(plan: Plan, evidence: Evidence, draft: PromotionPaths, times: StageTimes) -> None:
+    """Writes every file of the version into the draft.
+
+    Raises:
+        GateError: a verification failed.
+        ModelError: llama.cpp's converter, quantiser or runtime failed.
+    """
+    config = plan.trial.config
+    examples = evidence.test.select(range(min(plan.num_verify_examples, len(evidence.test))))
+    with times.stage("merge"):
+        shutil.copytree(plan.trial.paths.adapter, draft.adapter)
+        merge = merge_adapter(config, draft.adapter, draft.merged, examples["input_ids"])
+    f16 = draft.gguf(plan.name, UNQUANTIZED)
+    with times.stage("GGUF (f16)"):
+        export_gguf(draft.merged, f16, plan.name)
+    for item in plan.quantizations:
+        if item.name != UNQUANTIZED:
+            with times.stage(f"quantise {item.name}"):
+                quantize(f16, draft.gguf(plan.name, item.name), item)
+    with times.stage("verify"):
+        verification = {"merge": merge, **_verify(plan, evidence, draft, examples)}
+    write_json(draft.verification, verification)
+    kept = {item.name: draft.gguf(plan.name, item.name) for item in plan.quantizations}
+    if UNQUANTIZED not in kept:
+        f16.unlink()
+    ends = sorted(end_token_ids(evidence.tokenizer, str(draft.merged)))
+    stop = evidence.tokenizer.convert_ids_to_tokens(ends)
+    first = next(iter(kept.values())).name
+    write_text(draft.modelfile, write_modelfile(first, evidence.tokenizer, stop))
+    facts = _card_facts(plan, evidence, draft, kept, verification["losses"])
+    write_text(draft.card, write_card(facts))
+    write_manifest(draft, _manifest_facts(plan, kept, times))
+    _print_tables(facts)
+
+
+def base_name(config: TrialConfig) -> tuple[str, bool]:
+    """The base model's hub id (True) or its directory's name (False)."""
+    if config.model_name_or_path == DEMO:
+        return DEMO_MODEL_ID, True
+    path = Path(config.model_name_or_path).expanduser()
+    return (path.resolve().name, False) if path.is_dir() else (config.model_name_or_path, True)
+
+
+def _verify(
+    plan: Plan, evidence: Evidence, draft: PromotionPaths, examples: Dataset
+) -> dict[str, Any]:
+    config, ids = plan.trial.config, examples["example_id"]
+    losses = {
+        BASE: _select(evidence.score.base, ids),
+        ADAPTER: _select(evidence.score.adapter, ids),
+        MERGED: example_losses(
+            load_merged(draft.merged), examples, config.per_device_eval_batch_size
+        ),
+    }
+    records = {}
+    rest = [item.name for item in plan.quantizations if item.name != UNQUANTIZED]
+    for name in (UNQUANTIZED, *rest):
+        path = draft.gguf(plan.name, name)
+        records[name], losses[name] = verify_gguf(path, evidence.tokenizer, examples.to_list())
+    comparison = check_losses(losses, trained_in_4bit=config.load_in_4bit)
+    return {"losses": comparison, "ggufs": records}
+
+
+def _select(losses: pd.DataFrame, example_ids: Sequence[str]) -> pd.DataFrame:
+    return losses.set_index("example_id").loc[list(example_ids)].reset_index()
+
+
+def _card_facts(
+    plan: Plan,
+    evidence: Evidence,
+    draft: PromotionPaths,
+    kept: Mapping[str, Path],
+    losses: Mapping[str, Any],
+) -> CardFacts:
+    base_model, is_hub_id = base_name(plan.trial.config)
+    return CardFacts(
+        name=plan.name,
+        base_model=base_model,
+        base_is_hub_id=is_hub_id,
+        sweep=plan.sweep,
+        trial=plan.trial,
+        test_interval=(evidence.interval.low, evidence.interval.high),
+        hidden_size=AutoConfig.from_pretrained(draft.merged).get_text_config().hidden_size,
+        merged_size_bytes=sum(path.stat().st_size for path in draft.merged.glob("*.safetensors")),
+        gguf_files={name: (path.name, path.stat().st_size) for name, path in kept.items()},
+        losses=losses,
+        counts=evidence.counts,
+    )
+
+
+def _manifest_facts(plan: Plan, kept: Mapping[str, Path], times: StageTimes) -> dict[str, Any]:
+    return {
+        "name": plan.name,
+        "sweep": plan.sweep.name,
+        "trial": plan.trial.number,
+        "step": plan.trial.result["best_step"],
+        "base_model": base_name(plan.trial.config)[0],
+        "settings": plan.trial.settings,
+        "ggufs": {name: path.name for name, path in kept.items()},
+        "stage_times_s": times.times_s,
+    }
+
+
+def _print_tables(facts: CardFacts) -> None:
+    for table in (
+        files_table(facts.gguf_files, facts.merged_size_bytes),
+        losses_table(facts.losses),
+    ):
+        print("\n" + table.to_string(index=False))
+    note = fallback_note(facts.hidden_size, facts.gguf_files)
+    if note:
+        print(f"\n{note}")

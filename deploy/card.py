@@ -1,0 +1,207 @@
+"""The model card: README.md of a promoted version, with everything a reader needs to judge and use it.
+
+`write_card(facts)` is text in, text out; `promote.py` gathers the facts. The front matter is Hugging Face's.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+import yaml
+
+from deploy.quantize import QUANTIZATIONS, UNQUANTIZED
+from deploy.verify import ADAPTER, BASE, MERGED
+from sweeps.ledger import SweepRecord, TrialRecord
+
+SUPER_BLOCK = 256
+"""Row length that K-quants and i-quants need to divide by."""
+DATA_SETTINGS = ("dataset_name", "max_length", "validation_fraction", "test_fraction")
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """What the card tells."""
+
+    name: str
+    base_model: str
+    """Hub id, or the local directory's name."""
+    base_is_hub_id: bool
+    sweep: SweepRecord
+    trial: TrialRecord
+    test_interval: tuple[float, float]
+    """95 % interval of test loss, adapter minus base, nats a token."""
+    hidden_size: int
+    merged_size_bytes: int
+    gguf_files: Mapping[str, tuple[str, int]]
+    """File name and size in bytes by quantisation, the preferred one first."""
+    losses: Mapping[str, Any]
+    """What `check_losses` returned."""
+    counts: Mapping[str, int]
+    """Examples in each split."""
+
+
+def write_card(facts: CardFacts) -> str:
+    """The card as Markdown."""
+    sections = [
+        _front_matter(facts),
+        f"# {facts.name}",
+        _introduction(facts),
+        "## Losses",
+        _losses(facts),
+        "## Files",
+        _markdown(files_table(facts.gguf_files, facts.merged_size_bytes)),
+        fallback_note(facts.hidden_size, facts.gguf_files),
+        "## Use",
+        _usage(facts),
+        "## Data",
+        _data(facts),
+        "## Settings",
+        _settings(facts.trial),
+        f"## The sweep `{facts.sweep.name}`",
+        _markdown(sweep_table(facts.sweep, facts.trial)),
+    ]
+    return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def files_table(gguf_files: Mapping[str, tuple[str, int]], merged_size_bytes: int) -> pd.DataFrame:
+    """Sizes, with the reduction against the merged model."""
+    rows = [("merged/ (float32)", "", f"{merged_size_bytes / 1e6:,.1f}", "")]
+    for quantization, (file_name, size_bytes) in gguf_files.items():
+        reduction = 1 - size_bytes / merged_size_bytes
+        rows.append((file_name, quantization, f"{size_bytes / 1e6:,.1f}", f"−{reduction:.1%}"))
+    return pd.DataFrame(rows, columns=["file", "type", "MB", "against merged"])
+
+
+def losses_table(losses: Mapping[str, Any]) -> pd.DataFrame:
+    """Test loss of base, adapter, merged and each GGUF on the same examples."""
+    mean = losses["loss"]
+    runtimes = {BASE: "Transformers", ADAPTER: "Transformers", MERGED: "Transformers"}
+    rows = [
+        (
+            name,
+            runtimes.get(name, "llama.cpp"),
+            f"{loss:.4f}",
+            "" if name == BASE else f"{loss - mean[BASE]:+.4f}",
+            "" if name in (BASE, MERGED) else f"{loss - mean[MERGED]:+.4f}",
+            f"{losses['tolerance'][name]:g}" if name in losses["tolerance"] else "",
+        )
+        for name, loss in mean.items()
+    ]
+    header = ["model", "scored by", "test loss", "against base", "against merged", "allowed (±)"]
+    return pd.DataFrame(rows, columns=header)
+
+
+def fallback_note(hidden_size: int, quantizations: Iterable[str]) -> str:
+    """Says that rows which do not divide by 256 take more bits, where that is so."""
+    names = [name for name in quantizations if name not in (UNQUANTIZED, "Q8_0")]
+    if hidden_size % SUPER_BLOCK == 0 or not names:
+        return ""
+    nominal = ", ".join(f"{name} {QUANTIZATIONS[name].bits_per_weight}" for name in names)
+    return (
+        f"The hidden size, {hidden_size}, does not divide by {SUPER_BLOCK}, which these types need: "
+        "llama.cpp stores such matrices in a larger type (q4_K as q5_0, q6_K as q8_0, iq4_xs as "
+        f"iq4_nl), so the files are larger than the type's nominal bits a weight ({nominal}) say."
+    )
+
+
+def sweep_table(sweep: SweepRecord, chosen: TrialRecord) -> pd.DataFrame:
+    """One row a trial, with the settings that the sweep varies."""
+    names = list(dict.fromkeys(name for trial in sweep.trials for name in trial.params))
+    rows = []
+    for trial in sweep.trials:
+        loss = "" if trial.loss is None else f"{trial.loss:.4f}"
+        best_step = trial.result.get("best_step", "")
+        mark = " (this model)" if trial.number == chosen.number else ""
+        values = [_value(trial.params.get(name, "")) for name in names]
+        rows.append(
+            (f"{trial.number}", f"{trial.name}{mark}", *values, trial.state, best_step, loss)
+        )
+    header = ["trial", "name", *names, "state", "best step", "validation loss"]
+    return pd.DataFrame(rows, columns=header)
+
+
+def _front_matter(facts: CardFacts) -> str:
+    fields: dict[str, Any] = {}
+    if facts.base_is_hub_id:
+        fields["base_model"] = facts.base_model
+        fields["base_model_relation"] = "finetune"
+    fields["library_name"] = "transformers"
+    fields["pipeline_tag"] = "text-generation"
+    fields["tags"] = ["lora", "gguf", "llama.cpp", "loraloom"]
+    return "---\n" + yaml.safe_dump(fields, sort_keys=False).strip() + "\n---"
+
+
+def _introduction(facts: CardFacts) -> str:
+    trial = facts.trial
+    return (
+        f"`{facts.base_model}`, fine-tuned with LoRA and merged: trial {trial.number} "
+        f"({trial.name}) of the sweep `{facts.sweep.name}` at step {trial.result['best_step']}, "
+        "where its validation loss was lowest."
+    )
+
+
+def _losses(facts: CardFacts) -> str:
+    result, (low, high) = facts.trial.result, facts.test_interval
+    splits = [
+        ("validation", result["base_eval/loss"], result["eval/loss"], ""),
+        (
+            "test",
+            result["base_test/loss"],
+            result["test/loss"],
+            f"[{low:+.4f}, {high:+.4f}]",
+        ),
+    ]
+    rows = [
+        (split, f"{base:.4f}", f"{tuned:.4f}", f"{tuned - base:+.4f}", interval)
+        for split, base, tuned, interval in splits
+    ]
+    header = ["split", "base", "this model", "difference", "95 % interval"]
+    return (
+        "Nats a supervised token; lower is better. The validation split chose the trial and the step; "
+        "the test split was scored once. The interval is paired, over test examples.\n\n"
+        + _markdown(pd.DataFrame(rows, columns=header))
+        + f"\n\nThe same model in each form, on the same {facts.losses['num_examples']} test "
+        "examples:\n\n" + _markdown(losses_table(facts.losses))
+    )
+
+
+def _usage(facts: CardFacts) -> str:
+    file_name = next(iter(facts.gguf_files.values()))[0]
+    return (
+        "```\n"
+        "# llama.cpp\n"
+        f"llama-cli -m {file_name} -cnv\n"
+        "# Ollama\n"
+        f"ollama create {facts.name.lower()} -f Modelfile && ollama run {facts.name.lower()}\n"
+        "# Loraloom\n"
+        f'python -m deploy.chat {file_name} --prompt "..."\n'
+        "```\n\n"
+        "`merged/` loads with Transformers' `AutoModelForCausalLM`, `adapter/` with PEFT."
+    )
+
+
+def _data(facts: CardFacts) -> str:
+    settings, result = facts.trial.settings, facts.trial.result
+    lines = [f"- `{name}`: {_value(settings[name])}" for name in DATA_SETTINGS]
+    for split, count in facts.counts.items():
+        digest = result.get(f"{split}_hash")
+        lines.append(f"- {split}: {count:,} examples" + (f", hash `{digest}`" if digest else ""))
+    return "\n".join(lines)
+
+
+def _settings(trial: TrialRecord) -> str:
+    rows = [(f"`{name}`", _value(value)) for name, value in trial.settings.items()]
+    details = _markdown(pd.DataFrame(rows, columns=["setting", "value"]))
+    return f"<details><summary>All settings of the trial</summary>\n\n{details}\n\n</details>"
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:g}"
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _markdown(table: pd.DataFrame) -> str:
+    rows = [list(table.columns), ["---"] * len(table.columns), *table.to_numpy().tolist()]
+    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in rows)

@@ -1,0 +1,175 @@
+"""The best trial of a sweep -> a released model directory, `promoted/0001/`.
+
+Checks (runtime, converter, disk) -> test score and gate -> merge -> f16 GGUF -> quantise -> verify ->
+card, Modelfile, manifest. Everything is made in a draft directory and renamed at the end, so a version
+is whole or not there, and is never changed afterwards.
+"""
+
+import contextlib
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import transformers
+from filelock import FileLock, Timeout
+
+from analysis.stats import Interval, difference_interval
+from deploy.build import Evidence, Plan, StageTimes, base_name, build_version
+from deploy.preflight import check_ready
+from deploy.quantize import DEFAULT_QUANTIZATION, QUANTIZATIONS, check_quantizations
+from deploy.score import TestScore, load_held_out, score_on_test
+from sweeps.ledger import SweepRecord, TrialRecord, read_sweep
+from training.cli import make_parser, parse, run_command
+from training.exceptions import ConfigError, GateError, SweepError
+from training.model import load_tokenizer
+from training.paths import PromotionPaths, SweepPaths, write_text
+
+CONFIDENCE = 0.95
+BEST = -1
+NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+@dataclass
+class PromoteOptions:
+    """Options of `python -m deploy.promote`."""
+
+    trial: int = field(
+        default=BEST, metadata={"help": "Number of the trial; -1 is the best by eval/loss."}
+    )
+    quantization: list[str] = field(
+        default_factory=lambda: [DEFAULT_QUANTIZATION],
+        metadata={"help": f"GGUF types, the one for chat first: {', '.join(QUANTIZATIONS)}."},
+    )
+    output_name: str = field(
+        default="", metadata={"help": "Name of the model and its files; empty is MODEL-SWEEP."}
+    )
+    num_verify_examples: int = field(
+        default=64, metadata={"help": "Most test examples on which all forms are compared."}
+    )
+
+
+def main() -> None:
+    parser = make_parser("deploy.promote", __doc__ or "", [PromoteOptions])
+    parser.add_argument("sweep", help="the sweep's directory, runs/NAME")
+    options, positional = parse(parser)
+    # Bars for files that are read in a second would tear the table of stages.
+    transformers.utils.logging.disable_progress_bar()
+    promote(Path(positional.sweep), options)
+
+
+def promote(sweep_dir: Path, options: PromoteOptions) -> PromotionPaths:
+    """Promotes one trial and makes it the sweep's current version.
+
+    Raises:
+        SweepError: there is nothing to promote, or no room.
+        ConfigError: an option is wrong.
+        ModelError: the runtime or the converter is missing, or fails.
+        GateError: the model does not beat its base, or a verification failed.
+    """
+    plan = make_plan(read_sweep(sweep_dir), options)
+    trial, times = plan.trial, StageTimes()
+    check_ready(trial.config, plan.quantizations, plan.sweep.paths.promoted)
+    print(f"promoting trial {trial.number} ({trial.name}) at step {trial.result['best_step']}")
+    with _draft(plan.sweep.paths) as draft:
+        evidence = _score_and_gate(trial, times)
+        build_version(plan, evidence, draft, times)
+        paths = _publish(plan.sweep.paths, draft)
+    print(f"\n{paths.root}")
+    print(f'talk to it: python -m deploy.chat {plan.sweep.paths.root} --prompt "..."')
+    return paths
+
+
+def make_plan(sweep: SweepRecord, options: PromoteOptions) -> Plan:
+    """Raises ConfigError or SweepError for what cannot be promoted as asked."""
+    quantizations = check_quantizations(options.quantization)
+    if options.num_verify_examples < 1:
+        raise ConfigError(
+            f"--num_verify_examples is {options.num_verify_examples}, but must be >= 1"
+        )
+    trial = choose_trial(sweep, options.trial)
+    name = options.output_name or f"{base_name(trial.config)[0].split('/')[-1]}-{sweep.name}"
+    if not NAME_PATTERN.fullmatch(name):
+        raise ConfigError(f"--output_name is {name!r}, but must be letters, digits, '.', '_', '-'")
+    return Plan(sweep, trial, name, quantizations, options.num_verify_examples)
+
+
+def choose_trial(sweep: SweepRecord, number: int = BEST) -> TrialRecord:
+    """The trial of that number, or the best one; a copy stands for the trial that was trained.
+
+    Raises:
+        SweepError: none has finished, this one has not, or it has no adapter.
+    """
+    if number < BEST:
+        raise ConfigError(f"--trial is {number}, but must be a trial's number, or {BEST}")
+    trial = sweep.best() if number == BEST else sweep.trial(number)
+    if trial.result.get("same_as") is not None:
+        trial = sweep.trial(trial.result["same_as"])
+    if trial.state != "complete":
+        raise SweepError(f"{trial.paths.root}: the trial is {trial.state}, but must be complete")
+    if not (trial.paths.adapter / "adapter_config.json").is_file():
+        raise SweepError(f"{trial.paths.adapter}: no adapter is there, so nothing to promote")
+    return trial
+
+
+def check_gate(score: TestScore) -> Interval:
+    """Interval of the test loss, adapter minus base, all of which must be below 0.
+
+    Raises:
+        GateError: the adapter does not beat the base model.
+    """
+    interval = difference_interval(score.adapter, score.base, confidence=CONFIDENCE)
+    if not interval.high < 0:
+        raise GateError(
+            f"the adapter does not beat its base model on {len(score.base)} test examples: "
+            f"test loss differs by {interval.estimate:+.4f}, {CONFIDENCE:.0%} interval "
+            f"[{interval.low:+.4f}, {interval.high:+.4f}], but all of it must be below 0"
+        )
+    return interval
+
+
+def _score_and_gate(trial: TrialRecord, times: StageTimes) -> Evidence:
+    tokenizer = load_tokenizer(trial.config)
+    with times.stage("test score"):
+        splits = load_held_out(trial, tokenizer)
+        score = score_on_test(trial, splits.test)
+    interval = check_gate(score)
+    print(
+        f"    test loss {trial.result['test/loss']:.4f}, base {trial.result['base_test/loss']:.4f}: "
+        f"{interval.estimate:+.4f}, {CONFIDENCE:.0%} interval "
+        f"[{interval.low:+.4f}, {interval.high:+.4f}]"
+        + (", as scored before" if score.scored_before else "")
+    )
+    return Evidence(tokenizer, splits.test, splits.counts, score, interval)
+
+
+@contextlib.contextmanager
+def _draft(paths: SweepPaths) -> Iterator[PromotionPaths]:
+    """An empty directory to build in; gone afterwards. One promotion at a time."""
+    paths.promoted.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(paths.promotion_lock, timeout=0):
+            draft = PromotionPaths(paths.promotion_draft)
+            # A killed promotion leaves its draft behind.
+            shutil.rmtree(draft.root, ignore_errors=True)
+            draft.root.mkdir()
+            try:
+                yield draft
+            finally:
+                shutil.rmtree(draft.root, ignore_errors=True)
+    except Timeout:
+        raise SweepError(f"{paths.root}: another promotion is running") from None
+
+
+def _publish(paths: SweepPaths, draft: PromotionPaths) -> PromotionPaths:
+    numbers = [int(path.name) for path in paths.promoted.glob("[0-9]*") if path.name.isdigit()]
+    version = paths.promotion(max(numbers, default=0) + 1)
+    os.rename(draft.root, version.root)
+    write_text(paths.current_promotion, version.root.name + "\n")
+    return version
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,114 @@
+"""A sweep's directory from the runner's side: whose it is, who holds it, what it knows already.
+
+`locked(paths)` makes the one process that may write; `find_known` and `copy_known` save training a
+point twice. What the directory says about its trials is read by `sweeps.ledger`.
+"""
+
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from sweeps.environment import describe_environment
+from sweeps.ledger import TrialRecord, read_sweep
+from sweeps.spec import SweepDefinition, read_definition
+from training.config import TrialConfig
+from training.exceptions import SweepError
+from training.paths import (
+    SweepPaths,
+    TrialPaths,
+    read_json,
+    write_directory,
+    write_json,
+    write_text,
+)
+
+
+def check_directory(definition: SweepDefinition, paths: SweepPaths) -> None:
+    """Refuses a directory that is another sweep's, or no sweep's at all.
+
+    Raises:
+        SweepError: with what stands in the way; nothing has been touched.
+    """
+    if paths.root.exists() and not paths.root.is_dir():
+        raise SweepError(f"{paths.root} is a file, but must be free for the sweep's directory")
+    if paths.definition.is_file():
+        difference = read_definition(paths.definition).difference(definition)
+        if difference:
+            raise SweepError(
+                f"{paths.root}: holds another sweep: {difference} is not as in {definition.path}; "
+                "give this one another name or --output_dir"
+            )
+        if not paths.study.is_file() and paths.trials.is_dir() and any(paths.trials.iterdir()):
+            raise SweepError(f"{paths.root}: has trials, but {paths.study.name} is missing")
+    elif paths.root.is_dir() and not all(_is_own(path, paths) for path in paths.root.iterdir()):
+        raise SweepError(f"{paths.root}: has files, but no {paths.definition.name}: not a sweep's")
+
+
+@contextmanager
+def locked(paths: SweepPaths) -> Iterator[None]:
+    """Holds the sweep's lock; the kernel frees it however the process ends."""
+    paths.root.mkdir(parents=True, exist_ok=True)
+    with open(paths.lock, "a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            owner = file.read().strip() or "unknown"
+            raise SweepError(
+                f"{paths.root}: is being run by process {owner}, but one at a time must be"
+            ) from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+
+
+def write_definition(definition: SweepDefinition, paths: SweepPaths) -> None:
+    """Writes `sweep.yaml`, and `environment.json` when the sweep starts for the first time."""
+    write_text(paths.definition, definition.text)
+    if not paths.environment.is_file():
+        write_json(paths.environment, describe_environment())
+
+
+def find_known(config: TrialConfig, paths: SweepPaths) -> TrialRecord | None:
+    """The finished trial of this sweep that was trained with exactly these settings."""
+    settings = config.to_dict()
+    for record in read_sweep(paths.root).finished:
+        if (
+            record.settings == settings
+            and record.loss is not None
+            and "same_as" not in record.result
+        ):
+            return record
+    return None
+
+
+def copy_known(
+    known: TrialRecord, paths: TrialPaths, config: TrialConfig, info: dict[str, Any]
+) -> dict[str, Any]:
+    """Gives the trial the known one's files, adapter included, so that it stands on its own."""
+    result = {
+        **known.result,
+        "same_as": known.number,
+        "steps_saved": known.result.get("num_steps", 0),
+    }
+    engine = read_json(known.paths.config).get("engine")
+
+    def write(root: Path) -> None:
+        copy = TrialPaths(root)
+        left_out = shutil.ignore_patterns(known.paths.state.name, known.paths.log.name)
+        shutil.copytree(known.paths.root, root, dirs_exist_ok=True, ignore=left_out)
+        write_json(copy.config, {"settings": config.to_dict(), "engine": engine, **info})
+        write_json(copy.result, result)
+
+    write_directory(paths.root, write)
+    return result
+
+
+def _is_own(path: Path, paths: SweepPaths) -> bool:
+    """Whether a start that was killed before it wrote the definition can have left `path`."""
+    return path.name.startswith((".", paths.lock.name, paths.study.name))

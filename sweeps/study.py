@@ -1,0 +1,204 @@
+"""Builds the Optuna study of a sweep: sampler and pruner from the definition, results in SQLite.
+
+`open_study(definition, paths)` -> the sweep's study, new or continued. `one_factor` is what a
+definition's `scheduler: {engine: optuna, source: sweeps/study.py, optimizer: one_factor}` names:
+W&B's scheduler and our runner call the same function with a `SweepInfo`; ours takes the sampler and
+pruner of the in-memory study that it returns. W&B's own mapping makes Optuna's distributions.
+"""
+
+import itertools
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+)
+from optuna.pruners import BasePruner, NopPruner, SuccessiveHalvingPruner
+from optuna.samplers import BaseSampler, GridSampler, RandomSampler, TPESampler
+from sqlalchemy import URL
+from wandb.sdk.sweeps.scheduler.client import load_optimizer_config
+from wandb.sdk.sweeps.scheduler.optuna import search_space_from_sweep_config
+from wandb.sdk.sweeps.sweep_info import SweepInfo
+
+# `wandb sweep-scheduler` loads this file by its path, without the application's root.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from sweeps.one_factor import OneFactorSampler
+from sweeps.spec import SweepDefinition
+from training.exceptions import ConfigError, SweepError
+from training.paths import SweepPaths
+
+_ROOT = Path(__file__).resolve().parents[1]
+
+Point = dict[str, Any]
+
+
+def one_factor(sweep: SweepInfo) -> optuna.Study:
+    """Study of the one-factor design over the parameters that have several `values`.
+
+    Raises:
+        ConfigError: a parameter varies without listing its values, or none varies.
+    """
+    where = f"{sweep.name}: parameters"
+    parameters = sweep.config.get("parameters", {})
+    factors = {}
+    for name, spec in parameters.items():
+        if "value" in spec:
+            continue
+        if "values" not in spec:
+            raise ConfigError(f"{where}.{name} must list values for the one-factor design")
+        factors[name] = _choices(spec["values"])
+    if not any(len(values) > 1 for values in factors.values()):
+        raise ConfigError(f"{where} vary nothing, but the one-factor design needs a factor")
+    return optuna.create_study(direction="minimize", sampler=OneFactorSampler(factors))
+
+
+def search_space(definition: SweepDefinition) -> dict[str, BaseDistribution]:
+    """Distribution of every varied setting, as W&B maps it."""
+    parameters = {
+        name: {**spec, "values": _choices(spec["values"])} if "values" in spec else spec
+        for name, spec in definition.varied.items()
+    }
+    return search_space_from_sweep_config(parameters)
+
+
+def open_study(definition: SweepDefinition, paths: SweepPaths) -> optuna.Study:
+    """The sweep's study, created in `paths.study` unless it is there.
+
+    Raises:
+        ConfigError: the definition's scheduler cannot build a study.
+        SweepError: the file is there and is no study.
+    """
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    sampler, pruner = build_sampler(definition), build_pruner(definition)
+    if definition.config.get("scheduler"):
+        built = scheduler_study(definition)
+        sampler, pruner = built.sampler, built.pruner
+    url = URL.create("sqlite", database=str(paths.study.resolve())).render_as_string()
+    try:
+        storage = optuna.storages.RDBStorage(url)
+        # One study a file: a renamed directory or definition still finds its own.
+        names = [*optuna.get_all_study_names(storage), definition.name]
+        return optuna.create_study(
+            storage=storage,
+            study_name=names[0],
+            load_if_exists=True,
+            direction="minimize",
+            sampler=sampler,
+            pruner=pruner,
+        )
+    except Exception as error:
+        # SQLAlchemy raises its own errors and Optuna wraps some of them: all mean the same here.
+        reason = str(error).splitlines()[0]
+        raise SweepError(f"{paths.study}: cannot be opened as a study: {reason}") from error
+
+
+def scheduler_study(definition: SweepDefinition) -> optuna.Study:
+    """The in-memory study that the function named by the definition's `scheduler` returns."""
+    scheduler = definition.config["scheduler"]
+    where = f"{definition.path}: scheduler"
+    source = Path(scheduler["source"])
+    if not source.is_file():
+        source = _ROOT / source
+    if not source.is_file():
+        raise ConfigError(f"{where}.source is {scheduler['source']!r}, but that file is not there")
+    sweep = SweepInfo(
+        id=definition.name,
+        name=str(definition.path),
+        entity=definition.config.get("entity", ""),
+        project=definition.config.get("project", ""),
+        config=definition.config,
+        controller_run_name="",
+    )
+    if source.resolve() == Path(__file__).resolve() and scheduler["optimizer"] == "one_factor":
+        return one_factor(sweep)  # the very same classes, not a second copy of this module
+    try:
+        study, terminator = load_optimizer_config(
+            str(source), scheduler["optimizer"], optuna.Study, sweep
+        )
+    except ValueError as error:
+        raise ConfigError(f"{where}: {error}") from None
+    if terminator is not None:
+        raise ConfigError(f"{where}.optimizer returns a terminator, which is not supported here")
+    return study
+
+
+def build_sampler(definition: SweepDefinition, number: int = 0) -> BaseSampler | None:
+    """Optuna's sampler for the definition's method; None where its scheduler builds the study.
+
+    Args:
+        number: of the trial to be asked for. It seeds random and bayes, so that a sweep that was
+            interrupted asks for the same points as one that was not, and never for one twice.
+    """
+    match definition.method:
+        case "grid":
+            return GridSampler(_grid(search_space(definition)), seed=0)
+        case "random":
+            return RandomSampler(seed=number)
+        case "bayes":
+            # One trial at a time: there is no running trial whose result would have to be guessed.
+            return TPESampler(constant_liar=False, seed=number)
+        case _:
+            return None
+
+
+def build_pruner(definition: SweepDefinition) -> BasePruner:
+    """Optuna's pruner for `early_terminate`; the resource is the number of values of the metric.
+
+    W&B's hyperband is one bracket of successive halving over that number: rungs at `min_iter`,
+    `min_iter * eta`, …, or downwards from `max_iter` in `s` divisions by `eta`.
+    """
+    block = definition.config.get("early_terminate")
+    if block is None:
+        return NopPruner()
+    eta = block.get("eta", 3)
+    if "min_iter" in block:
+        first = block["min_iter"]
+    else:
+        first = block["max_iter"]
+        for _ in range(block["s"]):
+            first = first // eta or first  # W&B leaves out rungs below 1
+    return SuccessiveHalvingPruner(min_resource=first, reduction_factor=eta)
+
+
+def planned_points(study: optuna.Study, definition: SweepDefinition) -> list[Point] | None:
+    """Every point that the sweep is going to try, where that is known before it starts."""
+    sampler = study.sampler
+    if isinstance(sampler, OneFactorSampler):
+        # The combination is not known yet; the largest values stand for its cost.
+        largest = {name: max(values, key=_size) for name, values in sampler.factors.items()}
+        return [*sampler.design.values(), largest]
+    if isinstance(sampler, GridSampler):
+        grid = _grid(search_space(definition))
+        return [dict(zip(grid, point, strict=True)) for point in itertools.product(*grid.values())]
+    return None
+
+
+def _grid(distributions: dict[str, BaseDistribution]) -> dict[str, list[Any]]:
+    return {name: _listed(distribution) for name, distribution in distributions.items()}
+
+
+def _listed(distribution: BaseDistribution) -> list[Any]:
+    if isinstance(distribution, CategoricalDistribution):
+        return list(distribution.choices)
+    if isinstance(distribution, IntDistribution):
+        return list(range(distribution.low, distribution.high + 1, distribution.step))
+    assert isinstance(distribution, FloatDistribution)
+    assert distribution.step, "read_definition lets no continuous range into a grid"
+    count = round((distribution.high - distribution.low) / distribution.step) + 1
+    return [distribution.low + index * distribution.step for index in range(count)]
+
+
+def _choices(values: list[Any]) -> list[Any]:
+    # Optuna stores texts, numbers and booleans only; TrialConfig reads a list from its JSON.
+    return [json.dumps(value) if isinstance(value, list) else value for value in values]
+
+
+def _size(value: Any) -> float:
+    return float(value) if isinstance(value, int | float) else 0.0
