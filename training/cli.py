@@ -34,6 +34,9 @@ class CommandParser(HfArgumentParser):
             key: value for key, value in field.metadata.items() if not key.startswith("_")
         }
         HfArgumentParser._parse_dataclass_field(parser, field)
+        action = parser._actions[-1]
+        if action.type is int:
+            action.type = _integer
 
     def error(self, message: str) -> NoReturn:
         prefix = "unrecognized arguments: "
@@ -41,6 +44,17 @@ class CommandParser(HfArgumentParser):
             unknown = message.removeprefix(prefix).split()[0].split("=")[0]
             message = f"{unknown} is not an option" + nearest(unknown, self._option_string_actions)
         self.exit(2, f"{self.prog}: {message}\n")
+
+
+def _integer(text: str) -> int:
+    """W&B hands quantised integers over as `15.0`."""
+    number = float(text)
+    if not number.is_integer():
+        raise ValueError(text)
+    return int(number)
+
+
+_integer.__name__ = "int"  # argparse names it in its error
 
 
 def make_parser(prog: str, description: str, options: Sequence[type] = ()) -> CommandParser:

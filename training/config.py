@@ -105,39 +105,43 @@ class TrialConfig:
 
         Args:
             settings: values by name; what is missing keeps its default.
-            where: stands before the setting's name in an error, e.g. `x.yaml: parameters`.
+            where: stands before the setting's name in an error, e.g. `x.yaml: parameters`, or `--`.
         """
         known = {item.name: item for item in fields(cls)}
         types_by_name = typing.get_type_hints(cls)
         values = {}
         for name, value in settings.items():
             if name not in known:
-                raise ConfigError(f"{where}.{name} is not a setting{nearest(name, known)}")
-            values[name] = _convert(value, types_by_name[name], f"{where}.{name}")
+                raise ConfigError(f"{_place(where, name)} is not a setting{nearest(name, known)}")
+            values[name] = _convert(value, types_by_name[name], _place(where, name))
         config = cls(**values)
         config.check(where)
         return config
 
     def check(self, where: str = "settings") -> None:
-        """Raises ConfigError for the first value outside its limits."""
+        """Raises ConfigError for the first value outside its limits; `where` as in `from_dict`."""
         hints = typing.get_type_hints(type(self))
         for item in fields(self):
-            name = f"{where}.{item.name}"
+            name = _place(where, item.name)
             value = _convert(getattr(self, item.name), hints[item.name], name)
             setattr(self, item.name, value)
             _check_limits(value, item.metadata["_limits"], name)
         if self.validation_fraction + self.test_fraction >= 1:
             raise ConfigError(
-                f"{where}.validation_fraction + test_fraction is "
+                f"{_place(where, 'validation_fraction')} + test_fraction is "
                 f"{self.validation_fraction + self.test_fraction}, but must be < 1"
             )
         if not self.lora_target_modules:
             raise ConfigError(
-                f"{where}.lora_target_modules is empty, but must name at least one layer"
+                f"{_place(where, 'lora_target_modules')} is empty, but must name at least one layer"
             )
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def _place(where: str, name: str) -> str:
+    return f"--{name}" if where == "--" else f"{where}.{name}"
 
 
 def _convert(value: Any, kind: Any, name: str) -> Any:

@@ -91,6 +91,12 @@ def load_model(config: TrialConfig) -> PreTrainedModel:
             use_safetensors=True,
             **arguments,
         )
+    if config.load_in_4bit:
+        # On CPUs with AVX512-BF16, bitsandbytes 0.50 repacks a weight at its first use without
+        # gradient, and the product has no backward from then on: an evaluation would end training.
+        for module in model.modules():
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False  # pyright: ignore[reportAttributeAccessIssue]
     model.eval()
     model.requires_grad_(False)
     return model

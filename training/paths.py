@@ -38,7 +38,7 @@ class TrialPaths:
 
     @property
     def log(self) -> Path:
-        """What the trial printed, with the traceback of a failure."""
+        """Traceback of the fault that ended the trial."""
         return self.root / "trial.log"
 
     @property

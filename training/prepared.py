@@ -1,0 +1,108 @@
+"""What trials of one process share: the base model, the tokenised data, the base model's losses.
+
+Each is kept for the next trial that needs the same, so that a sweep loads its model once.
+"""
+
+import functools
+import json
+from dataclasses import dataclass
+
+import pandas as pd
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from training.config import TrialConfig
+from training.data import DataSplits, load_splits
+from training.evaluate import example_losses
+from training.model import load_model, load_tokenizer
+from training.sources import local_file
+
+_MODEL_SETTINGS = (
+    "model_name_or_path",
+    "model_revision",
+    "trust_remote_code",
+    "dtype",
+    "load_in_4bit",
+)
+_DATA_SETTINGS = (
+    "model_name_or_path",
+    "model_revision",
+    "trust_remote_code",
+    "dataset_name",
+    "dataset_train_split",
+    "validation_fraction",
+    "test_fraction",
+    "max_eval_samples",
+    "max_length",
+)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """All that a trial needs before its first step."""
+
+    tokenizer: PreTrainedTokenizerBase
+    splits: DataSplits
+    model: PreTrainedModel
+    """The frozen base model, without an adapter."""
+    base_losses: pd.DataFrame
+    """The base model's per-example validation losses."""
+
+
+def prepare(config: TrialConfig) -> Prepared:
+    """Loads, or takes what the process has already. Data come first: they fail for less.
+
+    Raises:
+        DataError, ModelError: what is wrong with either.
+    """
+    data_key = _key(config, _DATA_SETTINGS)
+    file = local_file(config)
+    if file is not None:
+        status = file.stat()
+        data_key += f"\n{status.st_mtime_ns} {status.st_size}"
+    model_key = _key(config, _MODEL_SETTINGS)
+    tokenizer, splits = _data(data_key)
+    model = _model(model_key)
+    losses = _base_losses(model_key, data_key, config.per_device_eval_batch_size)
+    return Prepared(tokenizer, splits, model, losses)
+
+
+def forget() -> None:
+    """Frees everything: after a fault, the model may not be what it was."""
+    _model.cache_clear()
+    _data.cache_clear()
+    _base_losses.cache_clear()
+
+
+def _key(config: TrialConfig, names: tuple[str, ...]) -> str:
+    return json.dumps({name: getattr(config, name) for name in names})
+
+
+def _config(key: str) -> TrialConfig:
+    return TrialConfig.from_dict(json.loads(key.splitlines()[0]))
+
+
+@functools.lru_cache(maxsize=1)
+def _data(key: str) -> tuple[PreTrainedTokenizerBase, DataSplits]:
+    config = _config(key)
+    tokenizer = load_tokenizer(config)
+    splits = load_splits(config, tokenizer)
+    print(f"  data {config.dataset_name}: {splits.describe()}", flush=True)
+    return tokenizer, splits
+
+
+@functools.lru_cache(maxsize=1)
+def _model(key: str) -> PreTrainedModel:
+    config = _config(key)
+    model = load_model(config)
+    precision = "4-bit NF4" if config.load_in_4bit else str(model.dtype).removeprefix("torch.")
+    print(
+        f"  base model {config.model_name_or_path}: {model.num_parameters() / 1e6:,.0f} million "
+        f"parameters, {precision}, on {model.device}",
+        flush=True,
+    )
+    return model
+
+
+@functools.lru_cache(maxsize=1)
+def _base_losses(model_key: str, data_key: str, batch_size: int) -> pd.DataFrame:
+    return example_losses(_model(model_key), _data(data_key)[1].validation, batch_size)
