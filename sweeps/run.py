@@ -24,11 +24,12 @@ from sweeps.ledger import METRIC, SweepRecord, read_sweep
 from sweeps.one_factor import COMBINATION, NAME_ATTR, OneFactorSampler
 from sweeps.spec import SweepDefinition, read_definition
 from sweeps.study import build_sampler, open_study, planned_points, search_space
-from sweeps.terminal import duration, first_line, make_console, params_text, print_summary
+from sweeps.terminal import first_line, make_console, params_text, print_summary
 from training.cli import make_parser, parse, run_command
 from training.config import TrialConfig
 from training.exceptions import ConfigError, LoraloomError, SweepError
 from training.paths import SweepPaths, TrialPaths, read_json
+from training.progress import duration
 
 MAX_FAILURES_IN_A_ROW = 3
 RETRY_ATTR = "retry_of"

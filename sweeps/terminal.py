@@ -61,11 +61,6 @@ def params_text(params: dict[str, Any]) -> str:
     return " ".join(f"{name}={_value_text(value)}" for name, value in params.items())
 
 
-def duration(time_s: float) -> str:
-    """`45 s`, or `12.5 min` from 90 seconds on."""
-    return f"{time_s:.0f} s" if time_s < 90 else f"{time_s / 60:.1f} min"
-
-
 def first_line(error: Exception) -> str:
     """The error's text up to its first line break."""
     return next(iter(str(error).strip().splitlines()), "no message")

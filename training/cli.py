@@ -17,8 +17,20 @@ from transformers.hf_argparser import HfArgumentParser
 from training.exceptions import LoraloomError, nearest
 
 
+_METAVARS = {int: "N", float: "X", str: "TEXT"}
+_SIGNS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
+
+
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    pass
+    """Keeps line breaks, shows defaults, and says "[options]" where argparse would list them all."""
+
+    def add_usage(self, usage: Any, actions: Any, groups: Any, prefix: Any = None) -> None:
+        names = [str(action.metavar or action.dest).upper() for action in actions if _is_free(action)]
+        super().add_usage(" ".join(["%(prog)s", *names, "[options]"]), [], [], prefix)
+
+
+def _is_free(action: argparse.Action) -> bool:
+    return not action.option_strings
 
 
 class CommandParser(HfArgumentParser):
@@ -29,12 +41,22 @@ class CommandParser(HfArgumentParser):
         parser: argparse.ArgumentParser, field: dataclasses.Field[Any]
     ) -> None:
         # HfArgumentParser hands all metadata to argparse; what begins with "_" is ours (limits).
+        limits = field.metadata.get("_limits", {})
         field = copy.copy(field)
         field.metadata = {  # pyright: ignore[reportAttributeAccessIssue]
             key: value for key, value in field.metadata.items() if not key.startswith("_")
         }
         HfArgumentParser._parse_dataclass_field(parser, field)
         action = parser._actions[-1]
+        # `--max-steps` works as `--max_steps` does, but a page that shows both is hard to read.
+        action.option_strings = [text for text in action.option_strings if "-" not in text[2:]]
+        if limits and action.help:
+            bounds = ", ".join(f"{_SIGNS[key]} {value}" for key, value in limits.items())
+            action.help = f"{action.help.removesuffix('.')}; {bounds}."
+        if not action.choices and action.type in _METAVARS:
+            action.metavar = _METAVARS[action.type]  # pyright: ignore[reportArgumentType]
+        elif action.nargs == "?":
+            action.metavar = "BOOL"
         if action.type is int:
             action.type = _integer
 

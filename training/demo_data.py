@@ -77,7 +77,7 @@ def _answer(thing: object, name: str) -> Iterator[tuple[str, str]]:
         return
     try:
         text = inspect.getdoc(thing) or ""
-    except Exception:  # a foreign object's __doc__ may raise anything
+    except Exception:  # noqa: BLE001 - a foreign object's __doc__ may raise anything
         return
     text = _first_paragraphs(text)
     if MIN_CHARACTERS <= len(text) <= MAX_CHARACTERS:

@@ -57,8 +57,8 @@ def to_messages(record: Mapping[str, Any], where: str) -> Messages:
         return head + _question(prompt, _text(record["output"], f"{where}: output"))
     if {"prompt", "completion"} <= present:
         prompt, completion = record["prompt"], record["completion"]
-        if isinstance(prompt, str) and isinstance(completion, str):
-            return _question(prompt, completion)
+        if isinstance(prompt, str):
+            return _question(prompt, _text(completion, f"{where}: completion"))
         return _from_turns(prompt, "role", "content", f"{where}: prompt") + _from_turns(
             completion, "role", "content", f"{where}: completion"
         )

@@ -81,7 +81,7 @@ def _read_csv(path: Path) -> Iterator[Record]:
                     raise DataError(f"{where}: the number of values is not that of the header")
                 yield where, record
         except (csv.Error, UnicodeDecodeError) as error:
-            raise DataError(f"{path}: line {reader.line_num}: {error}") from None
+            raise DataError(f"{path}: line {reader.reader.line_num}: {error}") from None
 
 
 def _read_parquet(path: Path) -> Iterator[Record]:

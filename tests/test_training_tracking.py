@@ -1,0 +1,142 @@
+import json
+import struct
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import wandb
+from wandb.proto import wandb_internal_pb2
+
+from training.config import TrialConfig
+from training.paths import TrialPaths
+from training.run import run_trial
+from training.tracking import NullTracker, make_tracker
+
+
+def read_run(directory: Path) -> dict[str, Any]:
+    """What the offline run's file holds: that is what `wandb sync` sends."""
+    (path,) = directory.glob("wandb/offline-run-*/run-*.wandb")
+    found: dict[str, Any] = {"history": [], "summary": {}, "config": {}, "run": None, "exit": None}
+    for data in _read_leveldb_log(path.read_bytes()):
+        record = wandb_internal_pb2.Record()
+        record.ParseFromString(data)
+        kind = record.WhichOneof("record_type")
+        if kind == "run":
+            found["run"] = record.run
+            found["config"] |= _items(record.run.config.update)
+        elif kind == "history":
+            found["history"].append(_items(record.history.item))
+        elif kind == "summary":
+            found["summary"] |= _items(record.summary.update)
+        elif kind == "exit":
+            found["exit"] = record.exit.exit_code
+    return found
+
+
+def _read_leveldb_log(data: bytes) -> Iterator[bytes]:
+    """Records of a LevelDB log (blocks of 32 KiB; header: checksum, length, type), W&B's file format."""
+    position, record = 7, b""  # behind ":W&B" and the version
+    while position + 7 <= len(data):
+        if (left := 32768 - position % 32768) < 7:
+            position += left
+            continue
+        length, kind = struct.unpack_from("<HB", data, position + 4)
+        record += data[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):  # a whole record, or its last part
+            yield record
+            record = b""
+
+
+def _items(items: Any) -> dict[str, Any]:
+    return {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items}
+
+
+@pytest.fixture(scope="module")
+def tracked(
+    tiny_settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[TrialPaths, dict[str, Any], dict[str, Any]]:
+    paths = TrialPaths(tmp_path_factory.mktemp("tracked") / "0000")
+    config = TrialConfig.from_dict({**tiny_settings, "max_steps": 4, "eval_steps": 2})
+    info = {"number": 0, "name": "baseline", "params": {}, "retry_of": None}
+    result = run_trial(config, paths, info=info, group="my-sweep", project="my-project")
+    return paths, result, read_run(paths.root)
+
+
+def test_a_run_without_a_key_is_kept_offline_with_every_setting(
+    tracked: tuple[TrialPaths, dict[str, Any], dict[str, Any]],
+) -> None:
+    paths, _, run = tracked
+    assert run["run"].display_name == "baseline"
+    assert run["run"].run_group == "my-sweep"
+    assert run["run"].project == "my-project"
+    settings = json.loads(paths.config.read_text())["settings"]
+    assert {name: run["config"][name] for name in settings} == settings
+
+
+def test_the_history_has_every_metric_of_the_local_file(
+    tracked: tuple[TrialPaths, dict[str, Any], dict[str, Any]],
+) -> None:
+    paths, _, run = tracked
+    local = [json.loads(line) for line in paths.metrics.read_text().splitlines()]
+    remote = [
+        {name: value for name, value in line.items() if not name.startswith("_")}
+        for line in run["history"]
+    ]
+    assert remote == [
+        {name: value for name, value in line.items() if name != "time"} for line in local
+    ]
+    names = {name for line in remote for name in line}
+    assert names == {
+        "step", "eval/loss", "train/loss", "learning_rate", "grad_norm", "tokens_per_second",
+    }  # fmt: skip
+
+
+def test_the_summary_is_the_result_at_the_best_step(
+    tracked: tuple[TrialPaths, dict[str, Any], dict[str, Any]],
+) -> None:
+    _, result, run = tracked
+    assert run["summary"]["eval/loss"] == result["eval/loss"]
+    assert run["summary"]["best_step"] == result["best_step"]
+    assert run["summary"]["base_eval/loss"] == result["base_eval/loss"]
+    assert run["exit"] == 0
+
+
+def test_a_failed_trial_is_a_failed_run(tiny_settings: dict[str, Any], tmp_path: Path) -> None:
+    settings = {**tiny_settings, "max_steps": 4, "learning_rate": 1e30, "max_grad_norm": 0}
+    run_trial(TrialConfig.from_dict(settings), TrialPaths(tmp_path))
+    run = read_run(tmp_path)
+    assert run["exit"] == 1
+    assert "/loss is " in run["summary"]["reason"]
+
+
+def make(directory: Path, project: str = "loraloom") -> Any:
+    return make_tracker("wandb", directory, group=None, name="x", config={"a": 1}, project=project)
+
+
+def test_an_error_of_wandb_is_one_warning_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tracker = make(tmp_path)
+    tracker.run.finish()  # as if the service had gone: logging to it now raises
+    with pytest.warns(RuntimeWarning, match="W&B is not told any more: "):
+        tracker.log(1, {"train/loss": 1.0})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tracker.log(2, {"train/loss": 1.0})
+
+
+def test_a_tracker_that_cannot_start_is_one_warning(tmp_path: Path) -> None:
+    with pytest.warns(RuntimeWarning, match="W&B is not told: .*project name"):
+        tracker = make(tmp_path, project="a/b")
+    assert isinstance(tracker, NullTracker)
+
+
+def test_report_to_none_opens_no_run(tiny_settings: dict[str, Any], tmp_path: Path) -> None:
+    tracker = make_tracker("none", tmp_path, group=None, name="x", config={}, project="p")
+    tracker.log(1, {"train/loss": 1.0})
+    tracker.finish({"state": "complete"})
+    assert wandb.run is None
+    assert list(tmp_path.iterdir()) == []
