@@ -116,9 +116,13 @@ def read_sweep(root: str | Path) -> SweepRecord:
 
 
 def read_trial(paths: TrialPaths) -> TrialRecord:
-    """Reads one trial directory; `config.json` must be there."""
-    config = read_json(paths.config)
-    result = read_json(paths.result) if paths.result.is_file() else {}
+    """Reads one trial directory; `config.json` must be there.
+
+    Raises:
+        SweepError: a file is damaged (ours are written whole or not at all).
+    """
+    config = _read_record(paths.config)
+    result = _read_record(paths.result) if paths.result.is_file() else {}
     return TrialRecord(
         number=int(config.get("number", 0)),
         paths=paths,
@@ -144,3 +148,10 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         if isinstance(record, dict):
             records.append(record)
     return records
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    try:
+        return read_json(path)
+    except ValueError as error:  # not JSON, or not UTF-8
+        raise SweepError(f"{path}: is damaged, but must be whole JSON: {error}") from None

@@ -94,7 +94,7 @@ def test_a_source_distribution_of_another_version_is_refused(tmp_path: Path) -> 
 
 
 def test_a_missing_converter_says_what_puts_it_there() -> None:
-    with pytest.raises(ModelError, match="9.9.9 is not there; `make setup` puts it there"):
+    with pytest.raises(ModelError, match=r"9.9.9 is not there; `make setup` puts it there"):
         converter_dir("9.9.9")
 
 

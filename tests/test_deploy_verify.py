@@ -116,7 +116,7 @@ def test_a_lost_adapter_that_changed_little_does_not_pass() -> None:
     base = _losses([3.0, 2.0, 2.5])
     merged = _losses([2.999, 1.999, 2.499])
 
-    with pytest.raises(GateError, match="F16: test loss is 2.5000, but must be below the base"):
+    with pytest.raises(GateError, match=r"F16: test loss is 2.5000, but must be below the base"):
         check_losses({"base": base, "adapter": merged, "merged": merged, "F16": base})
     almost_base = _losses([2.9999, 1.9999, 2.4999])
     with pytest.raises(GateError, match="by 90% of what the adapter changed"):
@@ -248,7 +248,7 @@ def test_a_failed_conversion_shows_its_log_and_leaves_no_file(
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text('{"architectures": ["NoSuchModel"]}')
 
-    with pytest.raises(ModelError, match="llama.cpp's converter failed with status 1"):
+    with pytest.raises(ModelError, match=r"llama.cpp's converter failed with status 1"):
         export_gguf(tmp_path / "model", tmp_path / "x.gguf", "x")
 
     assert "NoSuchModel is not supported" in capfd.readouterr().err

@@ -303,9 +303,10 @@ def test_a_trial_that_ended_before_it_was_told_is_not_trained_again(quick_trial,
             raise KeyboardInterrupt
         tell(self, number, result)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(sweeps.run._Run, "_tell", killed)
-        run(ONE_FACTOR)
+        with pytest.raises(KeyboardInterrupt):
+            run(ONE_FACTOR)
     record = run(ONE_FACTOR)
     assert quick_trial.started == [0, 1, 2, 3, 4, 5]
     assert len(record.trials) == 6

@@ -36,12 +36,20 @@ def test_help_lists_every_setting_with_its_default() -> None:
         (["--lora_r", "0"], "error: --lora_r is 0, but must be >= 1"),
         (["--max_steps", "-5"], "error: --max_steps is -5, but must be >= 1"),
         (["--learning_rate", "0"], "error: --learning_rate is 0.0, but must be > 0"),
-        (["--learnin_rate", "1"], "--learnin_rate is not an option; did you mean '--learning_rate'?"),
+        (
+            ["--learnin_rate", "1"],
+            "--learnin_rate is not an option; did you mean '--learning_rate'?",
+        ),
         (["--max_steps", "1.5"], "argument --max_steps: invalid int value: '1.5'"),
-        (["--dataset_name", "gone.jsonl"], "error: dataset_name is gone.jsonl, but there is no such"),
+        (
+            ["--dataset_name", "gone.jsonl"],
+            "error: dataset_name is gone.jsonl, but there is no such",
+        ),
     ],
 )
-def test_a_wrong_option_is_one_line_and_status_2(args: list[str], line: str, tmp_path: Path) -> None:
+def test_a_wrong_option_is_one_line_and_status_2(
+    args: list[str], line: str, tmp_path: Path
+) -> None:
     done = run(*args, "--output_dir", str(tmp_path / "trial"), "--report_to", "none")
     assert done.returncode == 2
     assert len(done.stderr.strip().splitlines()) == 1

@@ -45,9 +45,17 @@ def test_numbers_may_be_text_as_yaml_reads_them() -> None:
         ("lora_r", -4, "x.yaml: parameters.lora_r is -4, but must be >= 1"),
         ("lora_r", True, "x.yaml: parameters.lora_r is True, but must be an integer"),
         ("learning_rate", -1e-4, "x.yaml: parameters.learning_rate is -0.0001, but must be > 0"),
-        ("learning_rate", "fast", "x.yaml: parameters.learning_rate is 'fast', but must be a number"),
+        (
+            "learning_rate",
+            "fast",
+            "x.yaml: parameters.learning_rate is 'fast', but must be a number",
+        ),
         ("learning_rate", float("nan"), "x.yaml: parameters.learning_rate is nan, but must be > 0"),
-        ("load_in_4bit", "yes", "x.yaml: parameters.load_in_4bit is 'yes', but must be true or false"),
+        (
+            "load_in_4bit",
+            "yes",
+            "x.yaml: parameters.load_in_4bit is 'yes', but must be true or false",
+        ),
         ("lora_dropout", 1, "x.yaml: parameters.lora_dropout is 1.0, but must be < 1"),
     ],
 )
@@ -60,7 +68,9 @@ def test_a_wrong_value_names_the_setting_and_what_it_must_be(
 
 
 def test_a_misspelt_setting_suggests_the_nearest() -> None:
-    with pytest.raises(ConfigError, match="learnin_rate is not a setting; did you mean 'learning_rate'"):
+    with pytest.raises(
+        ConfigError, match="learnin_rate is not a setting; did you mean 'learning_rate'"
+    ):
         TrialConfig.from_dict({"learnin_rate": 1e-4})
 
 

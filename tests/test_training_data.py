@@ -31,7 +31,9 @@ MANY = [talk(f"Is {number} even?", "Yes." if number % 2 == 0 else "No.") for num
 
 
 def ids_of(splits: DataSplits) -> dict[str, set[str]]:
-    return {name: set(getattr(splits, name)["example_id"]) for name in ("train", "validation", "test")}
+    return {
+        name: set(getattr(splits, name)["example_id"]) for name in ("train", "validation", "test")
+    }
 
 
 def test_the_three_splits_share_no_example(load: Any) -> None:
@@ -62,7 +64,9 @@ def test_every_conversation_has_one_side(text: str, test: float, validation: flo
     digest = content_hash([{"role": "user", "content": text}])
     config = TrialConfig(test_fraction=test, validation_fraction=validation)
     position = int(digest[:16], 16) / 2**64
-    expected = "test" if position < test else "validation" if position < test + validation else "train"
+    expected = (
+        "test" if position < test else "validation" if position < test + validation else "train"
+    )
     assert split_of(digest, config) == expected
 
 
@@ -85,7 +89,10 @@ def test_examples_are_cut_at_max_length(load: Any) -> None:
     long = [talk(f"Count to {number}", "1 2 3 4 5 6 7 8 9 " * 20) for number in range(100)]
     splits = load(long, max_length=48)
     assert max(len(ids) for ids in splits.train["input_ids"]) == 48
-    assert all(len(a) == len(b) for a, b in zip(splits.train["input_ids"], splits.train["labels"], strict=True))
+    assert all(
+        len(a) == len(b)
+        for a, b in zip(splits.train["input_ids"], splits.train["labels"], strict=True)
+    )
 
 
 def test_a_question_longer_than_max_length_is_left_out_and_counted(load: Any) -> None:
@@ -95,7 +102,9 @@ def test_a_question_longer_than_max_length_is_left_out_and_counted(load: Any) ->
 
 def test_answers_that_are_all_cut_off_are_refused_with_the_cause(load: Any) -> None:
     long = [talk("Why? " * 100 + str(number), "So.") for number in range(50)]
-    with pytest.raises(DataError, match="max_length is 64, but must be longer: it cuts off the answers"):
+    with pytest.raises(
+        DataError, match="max_length is 64, but must be longer: it cuts off the answers"
+    ):
         load(long)
 
 
@@ -111,7 +120,9 @@ def test_an_empty_file_is_refused(load: Any) -> None:
 
 
 def test_an_empty_split_says_what_to_raise(load: Any) -> None:
-    with pytest.raises(DataError, match="split of its 2 records is empty: raise .*_fraction, which is"):
+    with pytest.raises(
+        DataError, match="split of its 2 records is empty: raise .*_fraction, which is"
+    ):
         load(MANY[:2], validation_fraction=0.01, test_fraction=0.01)
 
 

@@ -46,7 +46,9 @@ def make_examples(num: int = 7) -> Dataset:
         labels = ids.clone()
         labels[torch.rand(length, generator=generator) < 0.4] = -100
         labels[-1] = ids[-1]
-        rows.append({"example_id": f"e{index}", "input_ids": ids.tolist(), "labels": labels.tolist()})
+        rows.append(
+            {"example_id": f"e{index}", "input_ids": ids.tolist(), "labels": labels.tolist()}
+        )
     return Dataset.from_list(rows)
 
 
@@ -58,7 +60,9 @@ def reference(model: Any, dataset: Dataset) -> pd.DataFrame:
         num_tokens = int((labels[:, 1:] != -100).sum())
         with torch.no_grad():
             loss = model(input_ids=ids, labels=labels).loss.item() * num_tokens
-        rows.append({"example_id": example["example_id"], "loss_sum": loss, "num_tokens": num_tokens})
+        rows.append(
+            {"example_id": example["example_id"], "loss_sum": loss, "num_tokens": num_tokens}
+        )
     return pd.DataFrame(rows)
 
 

@@ -10,7 +10,12 @@ QUESTION = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content"
     "record",
     [
         {"messages": QUESTION},
-        {"conversations": [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "Because."}]},
+        {
+            "conversations": [
+                {"from": "human", "value": "Why?"},
+                {"from": "gpt", "value": "Because."},
+            ]
+        },
         {"conversations": QUESTION},
         {"instruction": "Why?", "output": "Because.", "input": ""},
         {"prompt": "Why?", "completion": "Because."},
@@ -38,7 +43,10 @@ def test_plain_text_is_one_message_without_a_template() -> None:
 @pytest.mark.parametrize(
     ("record", "must"),
     [
-        ({"q": "Why?", "a": "Because."}, "data.csv: line 3: the record's fields are a, q, but must be"),
+        (
+            {"q": "Why?", "a": "Because."},
+            "data.csv: line 3: the record's fields are a, q, but must be",
+        ),
         ({"messages": []}, r"data.csv: line 3: messages is \[\], but must be a list of messages"),
         ({"messages": [{"role": "usr", "content": "x"}]}, r"messages\[0\].role is 'usr'.*'user'"),
         ({"messages": [{"role": "user"}]}, r"messages\[0\] is .*, but must have role and content"),

@@ -87,7 +87,10 @@ def test_settings_are_written_before_anything_can_fail(
     assert read_json(paths.config)["settings"] == config.to_dict()
     assert read_json(paths.config)["number"] == 3
     result = read_json(paths.result)
-    assert result == {"state": "failed", "reason": f"dataset_name is {empty}, but it holds no records"}
+    assert result == {
+        "state": "failed",
+        "reason": f"dataset_name is {empty}, but it holds no records",
+    }
     assert "Traceback" in paths.log.read_text()
 
 
@@ -106,7 +109,11 @@ def test_a_program_argument_list_of_wandb_is_understood(
 ) -> None:
     """`wandb agent` replaces ${args} by --name=value; a quantised integer comes as 2.0."""
     args = [f"--{name}={value}" for name, value in tiny_settings.items()]
-    args += ["--max_steps=2.0", "--load_in_4bit=False", "--lora_target_modules=['q_proj', 'v_proj']"]
+    args += [
+        "--max_steps=2.0",
+        "--load_in_4bit=False",
+        "--lora_target_modules=['q_proj', 'v_proj']",
+    ]
     environment = {**os.environ, "WANDB_RUN_ID": "abc123"}
     done = subprocess.run(
         [sys.executable, "-m", "training.run", *args, "--report_to=none"],

@@ -8,7 +8,10 @@ from training.config import TrialConfig
 from training.exceptions import DataError
 from training.sources import iter_records
 
-RECORDS = [{"prompt": "Why?", "completion": "Bécause."}, {"prompt": "How?", "completion": "So, so."}]
+RECORDS = [
+    {"prompt": "Why?", "completion": "Bécause."},
+    {"prompt": "How?", "completion": "So, so."},
+]
 
 
 def records_of(path: Path) -> list[dict]:
@@ -62,7 +65,9 @@ def test_a_missing_file_is_one_line(tmp_path: Path) -> None:
 
 
 def test_a_hub_dataset_that_cannot_be_reached_is_one_line() -> None:
-    with pytest.raises(DataError, match="dataset_name is nobody/nothing, which cannot be loaded: .+"):
+    with pytest.raises(
+        DataError, match="dataset_name is nobody/nothing, which cannot be loaded: .+"
+    ):
         list(iter_records(TrialConfig(dataset_name="nobody/nothing")))
 
 

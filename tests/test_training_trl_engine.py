@@ -100,7 +100,7 @@ def test_the_curve_equals_a_plain_trl_run_on_conversations(
             seed=42,
             logging_steps=1,
             assistant_only_loss=True,
-            gradient_checkpointing=False,
+            activation_checkpointing=False,
             bf16=False,
             save_strategy="no",
             report_to="none",

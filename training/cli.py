@@ -25,7 +25,9 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescription
     """Keeps line breaks, shows defaults, and says "[options]" where argparse would list them all."""
 
     def add_usage(self, usage: Any, actions: Any, groups: Any, prefix: Any = None) -> None:
-        names = [str(action.metavar or action.dest).upper() for action in actions if _is_free(action)]
+        names = [
+            str(action.metavar or action.dest).upper() for action in actions if _is_free(action)
+        ]
         super().add_usage(" ".join(["%(prog)s", *names, "[options]"]), [], [], prefix)
 
 

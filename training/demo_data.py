@@ -7,6 +7,7 @@ import contextlib
 import importlib
 import inspect
 import io
+import json
 import re
 import warnings
 from collections.abc import Iterator
@@ -97,3 +98,8 @@ def _first_paragraphs(doc: str) -> str:
         if len(paragraphs) == 2:
             break
     return "\n\n".join(paragraphs)
+
+
+if __name__ == "__main__":  # `python -m training.demo_data > train.jsonl`
+    for record in demo_records():
+        print(json.dumps(record))

@@ -1,6 +1,6 @@
 """What a terminal shows while a trial trains: a moving line, or in a file one line an evaluation.
 
-    step 30/60  train 2.31  eval 2.74 (best)  2.4 s/step, 1.2 min left
+step 30/60  train 2.31  eval 2.74 (best)  2.4 s/step, 1.2 min left
 """
 
 import time

@@ -174,5 +174,7 @@ def _base_model_restored(model: Any) -> Iterator[None]:
 def _known_warnings() -> Iterator[None]:
     with warnings.catch_warnings():
         # PEFT 0.21 and TRL 1.16 still use the names that Transformers 5.23 has given up.
-        warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
+        warnings.filterwarnings(
+            "ignore", message=".*gradient_checkpointing.*", category=FutureWarning
+        )
         yield

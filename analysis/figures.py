@@ -1,0 +1,301 @@
+"""The report's pictures, each in two halves: `_get_*_info` (data) and `_get_*_plot` (drawing).
+
+`make_figures` gives them by file name; `write_images` draws them as PNG with one browser for all.
+"""
+
+import logging
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from analysis.findings import compare, params_text, value_order, value_text
+from analysis.load import Results
+from analysis.stats import Effect, improvement
+from training.paths import write_atomic
+
+BEST_COLOR, BASELINE_COLOR, OTHER_COLOR = "#1a7f5a", "#8a6d3b", "#7a9cc6"
+PALETTE = (
+    "#1a7f5a", "#d1495b", "#3066be", "#edae49", "#6f4a8e",
+    "#00798c", "#a05a2c", "#7f7f7f", "#b5bd00", "#e377c2",
+)  # fmt: skip
+IMAGE_SIZE = {"format": "png", "width": 1200, "scale": 2}
+NO_CHROME = (
+    "no PNGs: drawing them needs a Chrome; install Debian's chromium or run `plotly_get_chrome`, "
+    "then repeat the command (report.html has the same pictures)"
+)
+
+
+@dataclass(frozen=True)
+class _ComparisonInfo:
+    """Bars from the lowest loss to the highest; all lists are in that order."""
+
+    labels: list[str]
+    losses: list[float]
+    errors_low: list[float]
+    """From the loss to the end of the interval of its difference to the baseline; may be empty."""
+    errors_high: list[float]
+    improvements: list[float]
+    """Percent against the baseline."""
+    best: int
+    baseline: int
+    base_loss: float | None
+    loss_name: str
+    settings: list[str]
+
+
+@dataclass(frozen=True)
+class _Curve:
+    name: str
+    train: list[tuple[int, float]]
+    evaluated: list[tuple[int, float]]
+    best_step: int | None
+
+
+@dataclass(frozen=True)
+class _EffectInfo:
+    setting: str
+    lines: list[tuple[str, list[str], list[float]]]
+    """Name (the other settings), values as text, losses."""
+
+
+def make_figures(results: Results, effects: list[Effect]) -> dict[str, go.Figure]:
+    """Figures by file name (without suffix), in the report's order."""
+    figures = {"experiment_comparison": _get_comparison_plot(_get_comparison_info(results))}
+    curves = _get_curves_info(results)
+    if curves:
+        figures["loss_curves"] = _get_curves_plot(curves)
+    if effects:
+        figures["settings"] = _get_effects_plot(_get_effects_info(results, effects))
+    return figures
+
+
+def write_images(figures: Mapping[str, go.Figure], directory: Path) -> bool:
+    """Writes NAME.png for each figure; False if there is no Chrome that starts."""
+    import kaleido
+    from choreographer.errors import BrowserFailedError, ChromeNotFoundError
+
+    logging.getLogger("kaleido").setLevel(logging.ERROR)
+    logging.getLogger("choreographer").setLevel(logging.ERROR)
+    with tempfile.TemporaryDirectory() as temporary:
+        drawings = [
+            {
+                "fig": figure,
+                "path": str(Path(temporary) / f"{name}.png"),
+                "opts": {
+                    **IMAGE_SIZE,
+                    "height": max(700, figure.to_dict()["layout"].get("height", 0)),
+                },
+            }
+            for name, figure in figures.items()
+        ]
+        try:
+            # Without this, kaleido's page waits for MathJax from the network.
+            kaleido.write_fig_from_object_sync(drawings, kopts={"mathjax": False})
+        except (ChromeNotFoundError, BrowserFailedError):
+            return False
+        for name in figures:
+            drawn = Path(temporary) / f"{name}.png"
+            write_atomic(directory / drawn.name, lambda path, drawn=drawn: _copy(drawn, path))
+    return True
+
+
+def _copy(source: Path, target: Path) -> None:
+    shutil.copyfile(source, target)
+
+
+def _get_comparison_info(results: Results) -> _ComparisonInfo:
+    ranked = results.ranked
+    baseline = results.baseline.loss or 0
+    # Paired: intervals of the losses themselves overlap even where every difference is real.
+    intervals = [
+        None if trial is results.baseline else compare(trial, results.baseline) for trial in ranked
+    ]
+    known = any(intervals)
+    return _ComparisonInfo(
+        labels=_unique(
+            [_label(trial.name, trial.params, results.settings) for trial in ranked],
+            [trial.number for trial in ranked],
+        ),
+        losses=[trial.loss or 0 for trial in ranked],
+        errors_low=[i.estimate - i.low if i else 0.0 for i in intervals] if known else [],
+        errors_high=[i.high - i.estimate if i else 0.0 for i in intervals] if known else [],
+        improvements=[improvement(trial.loss or 0, baseline) for trial in ranked],
+        best=0,
+        baseline=ranked.index(results.baseline),
+        base_loss=results.best.base_loss,
+        loss_name="train loss" if results.sweep is None else "eval/loss at the best step",
+        settings=results.settings,
+    )
+
+
+def _label(name: str, params: Mapping[str, Any], settings: list[str]) -> str:
+    text = " · ".join(value_text(params.get(setting)) for setting in settings)
+    # A trial without a name of its own is called by its parameters, which stand there already.
+    return text if "=" in name else f"<b>{name}</b>  {text}"
+
+
+def _unique(labels: list[str], numbers: list[int]) -> list[str]:
+    """Bars of one label would be stacked into one: such labels get their trial's number."""
+    return [
+        f"{label}  (trial {number})" if labels.count(label) > 1 else label
+        for label, number in zip(labels, numbers, strict=True)
+    ]
+
+
+def _get_comparison_plot(info: _ComparisonInfo) -> go.Figure:
+    colors = [OTHER_COLOR] * len(info.losses)
+    colors[info.baseline] = BASELINE_COLOR
+    colors[info.best] = BEST_COLOR
+    changes = [f"{'−' if gain >= 0 else '+'}{abs(gain):.1f} %" for gain in info.improvements]
+    changes[info.baseline] = "baseline"
+    texts = [f"{loss:.4f}  {text}" for loss, text in zip(info.losses, changes, strict=True)]
+    error = (
+        {
+            "type": "data",
+            "symmetric": False,
+            "array": info.errors_high,
+            "arrayminus": info.errors_low,
+            "color": "#444",
+            "thickness": 1.2,
+        }
+        if info.errors_high
+        else None
+    )
+    figure = go.Figure(
+        go.Bar(
+            x=info.losses,
+            y=info.labels,
+            orientation="h",
+            marker_color=colors,
+            text=texts,
+            textposition="inside",
+            insidetextanchor="start",
+            textfont={"color": "white", "size": 14},
+            error_x=error,
+        )
+    )
+    highest = max(info.losses) * 1.06
+    if info.base_loss is not None:
+        highest = max(highest, info.base_loss * 1.03)
+        figure.add_vline(
+            x=info.base_loss,
+            line={"color": "#555", "dash": "dash", "width": 1.5},
+            annotation_text=f"base model {info.base_loss:.4f}",
+            annotation_position="top left",
+        )
+    bars = "; whiskers: 95 % interval of the difference to the baseline" if info.errors_high else ""
+    figure.update_xaxes(title=f"{info.loss_name}, nats a token{bars}", range=[0, highest])
+    figure.update_yaxes(autorange="reversed", automargin=True, ticksuffix="  ")
+    figure.update_layout(height=max(450, 150 + 26 * len(info.losses)))  # a label has its line
+    return _styled(figure, f"Trials by loss ({' · '.join(info.settings)})")
+
+
+def _get_curves_info(results: Results) -> list[_Curve]:
+    curves = []
+    for trial in results.trials:
+        if trial.same_as is not None:
+            continue
+        lines = trial.metrics()
+        train = [(line["step"], line["train/loss"]) for line in lines if line.get("train/loss")]
+        evaluated = [(line["step"], line["eval/loss"]) for line in lines if line.get("eval/loss")]
+        if train or len(evaluated) > 1:
+            curves.append(_Curve(trial.name, _smoothed(train), evaluated, trial.best_step))
+    return curves
+
+
+def _smoothed(points: list[tuple[int, float]], weight: float = 0.85) -> list[tuple[int, float]]:
+    """Exponential moving average, corrected at its start as in Adam (Kingma & Ba 2015)."""
+    smooth, average = [], 0.0
+    for number, (step, value) in enumerate(points, 1):
+        average = weight * average + (1 - weight) * value
+        smooth.append((step, average / (1 - weight**number)))
+    return smooth
+
+
+def _get_curves_plot(curves: list[_Curve]) -> go.Figure:
+    figure = go.Figure()
+    for number, curve in enumerate(curves):
+        color = PALETTE[number % len(PALETTE)]
+        if curve.train:
+            steps, losses = zip(*curve.train, strict=True)
+            figure.add_scatter(
+                x=steps,
+                y=losses,
+                mode="lines",
+                line={"color": color, "width": 1, "dash": "dot"},
+                opacity=0.45,
+                legendgroup=curve.name,
+                showlegend=False,
+                name=f"{curve.name} train/loss (smoothed)",
+            )
+        if curve.evaluated:
+            steps, losses = zip(*curve.evaluated, strict=True)
+            sizes = [13 if step == curve.best_step else 6 for step in steps]
+            figure.add_scatter(
+                x=steps,
+                y=losses,
+                mode="lines+markers",
+                line={"color": color, "width": 2.5},
+                marker={"size": sizes},
+                legendgroup=curve.name,
+                name=curve.name,
+            )
+    figure.update_xaxes(title="step (0 is the base model)", rangemode="tozero")
+    figure.update_yaxes(title="nats a token")
+    figure.update_layout(legend={"font": {"size": 12}})
+    return _styled(figure, "Loss curves: eval/loss (lines; best step large), train/loss (dotted)")
+
+
+def _get_effects_info(results: Results, effects: list[Effect]) -> list[_EffectInfo]:
+    infos = []
+    for effect in effects:
+        others = [name for name in results.settings if name != effect.setting]
+        lines = []
+        for group in effect.groups:
+            points = sorted(group.items(), key=lambda item: value_order(item[0]))
+            fixed = results.scored[points[0][1]].params
+            losses = [results.scored[index].loss or 0 for _, index in points]
+            lines.append(
+                (params_text(fixed, others), [value_text(value) for value, _ in points], losses)
+            )
+        infos.append(_EffectInfo(effect.setting, lines))
+    return infos
+
+
+def _get_effects_plot(infos: list[_EffectInfo]) -> go.Figure:
+    figure = make_subplots(
+        rows=1, cols=len(infos), shared_yaxes=True, subplot_titles=[i.setting for i in infos]
+    )
+    for column, info in enumerate(infos, 1):
+        for number, (name, values, losses) in enumerate(info.lines):
+            figure.add_scatter(
+                x=values,
+                y=losses,
+                mode="lines+markers",
+                name=name,
+                line={"color": PALETTE[number % len(PALETTE)], "width": 2.5},
+                marker={"size": 9},
+                showlegend=False,
+                hovertemplate=f"{name}<br>{info.setting} %{{x}}: %{{y:.4f}}<extra></extra>",
+                row=1,
+                col=column,
+            )
+        figure.update_xaxes(type="category", row=1, col=column)
+    figure.update_yaxes(title="loss, nats a token", row=1, col=1)
+    return _styled(figure, "What each setting does, all others equal")
+
+
+def _styled(figure: go.Figure, title: str) -> go.Figure:
+    figure.update_layout(
+        title={"text": title, "x": 0.01, "font": {"size": 20}},
+        template="plotly_white",
+        font={"family": "Inter, Helvetica, Arial, sans-serif", "size": 14, "color": "#222"},
+        margin={"l": 70, "r": 30, "t": 80, "b": 70},
+    )
+    return figure

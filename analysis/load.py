@@ -1,0 +1,216 @@
+"""A sweep directory, or a CSV of runs done by hand -> `Results`, which everything else here works on.
+
+The CSV has the columns `name,steps,lr,rank,loss,minutes`; its `loss` is the final train loss, as there is
+no held-out data to have another one.
+"""
+
+import csv
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from sweeps.ledger import SweepRecord, TrialRecord, read_sweep
+from training.config import TrialConfig
+from training.exceptions import DataError, nearest
+
+CSV_COLUMNS = {"steps": "max_steps", "lr": "learning_rate", "rank": "lora_r"}
+"""Column of a CSV -> TRL's name of the setting."""
+
+BASELINE = "baseline"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One trial as the report sees it; None is "not known"."""
+
+    number: int
+    name: str
+    params: dict[str, Any]
+    """The settings that vary between trials."""
+    state: str
+    loss: float | None
+    """What trials are compared by: eval/loss at the best step, or a CSV's loss."""
+    minutes: float | None
+    num_steps: int | None = None
+    best_step: int | None = None
+    base_loss: float | None = None
+    train_loss: float | None = None
+    same_as: int | None = None
+    """Number of the trial that this one is a copy of."""
+    reason: str | None = None
+    record: TrialRecord | None = None
+
+    @property
+    def is_scored(self) -> bool:
+        return self.state == "complete" and self.loss is not None
+
+    def metrics(self) -> list[dict[str, Any]]:
+        return self.record.metrics() if self.record else []
+
+    def example_losses(self) -> pd.DataFrame | None:
+        """Per-example validation losses at the best step, or None."""
+        return self._losses_at(self.best_step)
+
+    def base_example_losses(self) -> pd.DataFrame | None:
+        """Per-example validation losses of the base model, or None."""
+        return self._losses_at(0)
+
+    def last_example_losses(self) -> pd.DataFrame | None:
+        """Per-example validation losses at the last step, or None."""
+        return self._losses_at(self.num_steps)
+
+    def _losses_at(self, step: int | None) -> pd.DataFrame | None:
+        if self.record is None or step is None:
+            return None
+        if not self.record.paths.eval_losses(step).is_file():
+            return None
+        try:
+            return self.record.eval_losses(step)
+        except (OSError, ValueError):  # a torn file: the trial keeps its loss, but has no interval
+            return None
+
+
+@dataclass(frozen=True)
+class Results:
+    """All trials of one source, in their order."""
+
+    name: str
+    source: Path
+    trials: list[Trial]
+    settings: list[str]
+    """Names of the settings that vary."""
+    sweep: SweepRecord | None
+    """None for a CSV."""
+
+    @property
+    def scored(self) -> list[Trial]:
+        return [trial for trial in self.trials if trial.is_scored]
+
+    @property
+    def ranked(self) -> list[Trial]:
+        """Scored trials, the lowest loss first; the first of equals."""
+        return sorted(self.scored, key=lambda trial: (trial.loss, trial.number))
+
+    @property
+    def best(self) -> Trial:
+        return self.ranked[0]
+
+    @property
+    def baseline(self) -> Trial:
+        """The trial named baseline, else the first one that is scored."""
+        named = [trial for trial in self.scored if BASELINE in trial.name.lower()]
+        return (named or self.scored)[0]
+
+    @property
+    def minutes(self) -> float:
+        """Time of all trials; a copy took none."""
+        return sum(trial.minutes or 0 for trial in self.trials if trial.same_as is None)
+
+
+def load_source(path: str | Path) -> Results:
+    """Reads a sweep directory or a CSV.
+
+    Raises:
+        SweepError: a directory that is not a sweep's.
+        DataError: a CSV that cannot be read, or no trial to report on.
+    """
+    path = Path(path)
+    if path.is_dir():
+        results = _from_sweep(read_sweep(path))
+    elif path.is_file():
+        results = _from_csv(path)
+    else:
+        raise DataError(f"{path} is not there, but must be a sweep's directory or a CSV file")
+    if not results.scored:
+        raise DataError(f"{path}: no trial has finished, so there is nothing to report on")
+    return results
+
+
+def _from_sweep(sweep: SweepRecord) -> Results:
+    trials = [_from_record(record) for record in sweep.trials]
+    settings = list(dict.fromkeys(name for trial in trials for name in trial.params))
+    varied = [name for name in settings if len({repr(t.params.get(name)) for t in trials}) > 1]
+    return Results(sweep.name, sweep.paths.root, trials, varied or settings, sweep)
+
+
+def _from_record(record: TrialRecord) -> Trial:
+    result = record.result
+    loss = record.loss
+    time_s = result.get("train_time_s")
+    return Trial(
+        number=record.number,
+        name=record.name,
+        params=record.params,
+        state=record.state,
+        loss=loss if loss is not None and math.isfinite(loss) else None,
+        minutes=None if time_s is None else time_s / 60,
+        num_steps=result.get("num_steps"),
+        best_step=result.get("best_step"),
+        base_loss=result.get("base_eval/loss"),
+        train_loss=result.get("train/loss"),
+        same_as=result.get("same_as"),
+        reason=result.get("reason"),
+        record=record,
+    )
+
+
+def _from_csv(path: Path) -> Results:
+    trials = []
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file, strict=True)
+        try:
+            _check_header(path, reader.fieldnames or [])
+            for row in reader:
+                trials.append(_from_row(row, len(trials), f"{path}: line {reader.line_num}"))
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise DataError(f"{path}: line {reader.reader.line_num}: {error}") from None
+    return Results(path.stem, path, trials, list(CSV_COLUMNS.values()), None)
+
+
+def _check_header(path: Path, found: Any) -> None:
+    expected = ["name", *CSV_COLUMNS, "loss", "minutes"]
+    for column in expected:
+        if column not in found:
+            raise DataError(
+                f"{path}: line 1: column {column} is missing, but there must be "
+                f"{','.join(expected)}{nearest(column, found)}"
+            )
+    for column in found:
+        if column not in expected or found.count(column) > 1:
+            problem = "is there twice" if column in expected else "is not known"
+            raise DataError(
+                f"{path}: line 1: column {column} {problem}, but there must be {','.join(expected)}"
+            )
+
+
+def _from_row(row: Mapping[str, Any], number: int, where: str) -> Trial:
+    if None in row or None in row.values():
+        # A comma too many is a decimal comma more often than not: 1,1774.
+        raise DataError(f"{where}: has too {'many' if None in row else 'few'} values")
+    # The settings are checked as a trial's own: a rank of 0 is as wrong here.
+    settings = {name: row[column] for column, name in CSV_COLUMNS.items()}
+    config = TrialConfig.from_dict(settings, where)
+    return Trial(
+        number=number,
+        name=row["name"] or f"run {number}",
+        params={name: getattr(config, name) for name in settings},
+        state="complete",
+        loss=_number(row, "loss", where, above_zero=True),
+        minutes=_number(row, "minutes", where),
+        num_steps=config.max_steps,
+    )
+
+
+def _number(row: Mapping[str, Any], column: str, where: str, *, above_zero: bool = False) -> float:
+    try:
+        value = float(row[column])
+    except (TypeError, ValueError):
+        value = math.nan
+    if not (math.isfinite(value) and (value > 0 if above_zero else value >= 0)):
+        limit = "> 0" if above_zero else ">= 0"
+        raise DataError(f"{where}: {column} is {row[column]!r}, but must be a number {limit}")
+    return value

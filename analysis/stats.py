@@ -1,0 +1,152 @@
+"""How sure a comparison is, and what each setting does.
+
+Intervals come from a paired bootstrap over held-out examples (Efron & Tibshirani 1993, ch. 13): trials
+are scored on the same examples, so what they share cancels. They say how far the *data* could have
+moved a difference; another seed may move it further.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy.stats import bootstrap
+
+from training.exceptions import DataError
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A confidence interval and the estimate in it."""
+
+    low: float
+    high: float
+    estimate: float
+
+    @property
+    def excludes_zero(self) -> bool:
+        """Whether the difference is real, as far as the examples can say."""
+        return self.low > 0 or self.high < 0
+
+
+def difference_interval(
+    losses_a: pd.DataFrame,
+    losses_b: pd.DataFrame,
+    confidence: float = 0.95,
+    num_resamples: int = 2000,
+    seed: int = 0,
+) -> Interval:
+    """Interval of the mean loss of `a` minus that of `b`, in nats a token.
+
+    Args:
+        losses_a: columns `example_id`, `loss_sum`, `num_tokens`.
+        losses_b: the same examples scored by another model.
+        confidence: share of intervals that hold the true difference.
+        num_resamples: bootstrap resamples.
+        seed: of the resampling.
+
+    Raises:
+        DataError: the examples or their numbers of tokens are not the same.
+    """
+    pairs = losses_a.merge(losses_b, on="example_id", suffixes=("_a", "_b"))
+    if not len(pairs) == len(losses_a) == len(losses_b) > 0:
+        raise DataError(
+            f"losses of {len(losses_a)} and {len(losses_b)} examples have {len(pairs)} in common, "
+            "but must be of the same examples"
+        )
+    if not np.array_equal(pairs["num_tokens_a"], pairs["num_tokens_b"]):
+        raise DataError("the examples have other numbers of tokens, but must be the same")
+    difference = (pairs["loss_sum_a"] - pairs["loss_sum_b"]).to_numpy()
+    return _interval(difference, pairs["num_tokens_a"].to_numpy(), confidence, num_resamples, seed)
+
+
+def loss_interval(
+    losses: pd.DataFrame, confidence: float = 0.95, num_resamples: int = 2000, seed: int = 0
+) -> Interval:
+    """Interval of one model's mean loss, in nats a token; arguments as `difference_interval`."""
+    return _interval(
+        losses["loss_sum"].to_numpy(),
+        losses["num_tokens"].to_numpy(),
+        confidence,
+        num_resamples,
+        seed,
+    )
+
+
+def improvement(loss: float, baseline: float) -> float:
+    """How far `loss` is below `baseline`, in percent of it."""
+    return 100 * (1 - loss / baseline)
+
+
+@dataclass(frozen=True)
+class Effect:
+    """What one setting does, seen only among trials that differ in nothing else."""
+
+    setting: str
+    groups: list[dict[Any, int]]
+    """Value of the setting -> index of the trial, one dict for each choice of the other settings."""
+    spread: float
+    """Range of the loss within a group, averaged over groups: what choosing the value is worth."""
+    best_value: Any
+    """The value that is the best one in most groups; of equals, in the group of the lowest loss."""
+
+
+def main_effects(
+    params: Sequence[dict[str, Any]], losses: Sequence[float], settings: Sequence[str]
+) -> list[Effect]:
+    """Effect of each setting, the largest first; a setting that no pair of trials isolates is left out.
+
+    Args:
+        params: settings by name, one dict a trial.
+        losses: loss of each trial.
+        settings: names to look at.
+    """
+    effects = []
+    for setting in settings:
+        groups: dict[Hashable, dict[Any, int]] = {}
+        for index, values in enumerate(params):
+            others = tuple((name, repr(values.get(name))) for name in settings if name != setting)
+            # Of trials with the very same settings, the first one stands for them.
+            value = values.get(setting)
+            value = tuple(value) if isinstance(value, list) else value
+            groups.setdefault(others, {}).setdefault(value, index)
+        compared = [group for group in groups.values() if len(group) > 1]
+        if compared:
+            effects.append(_effect(setting, compared, losses))
+    return sorted(effects, key=lambda effect: -effect.spread)
+
+
+def _effect(setting: str, groups: list[dict[Any, int]], losses: Sequence[float]) -> Effect:
+    spreads, winners = [], []
+    for group in groups:
+        in_group = {value: losses[index] for value, index in group.items()}
+        spreads.append(max(in_group.values()) - min(in_group.values()))
+        winner = min(in_group, key=in_group.__getitem__)
+        winners.append((in_group[winner], winner))
+    wins = Counter(value for _, value in winners)
+    most = [item for item in winners if wins[item[1]] == max(wins.values())]
+    best_value = min(most, key=lambda item: item[0])[1]
+    return Effect(setting, groups, float(np.mean(spreads)), best_value)
+
+
+def _interval(
+    sums: np.ndarray, num_tokens: np.ndarray, confidence: float, num_resamples: int, seed: int
+) -> Interval:
+    estimate = float(sums.sum() / num_tokens.sum())
+    if len(sums) < 2:
+        return Interval(-np.inf, np.inf, estimate)  # one example says nothing about others
+    mean: Callable[..., Any] = lambda total, count, axis: total.sum(axis) / count.sum(axis)  # noqa: E731
+    result = bootstrap(
+        (sums, num_tokens),
+        mean,
+        paired=True,
+        vectorized=True,
+        n_resamples=num_resamples,
+        confidence_level=confidence,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    )
+    low, high = result.confidence_interval
+    return Interval(float(low), float(high), estimate)
