@@ -69,7 +69,8 @@ def _score(trial: TrialRecord, test: Dataset) -> TestScore:
     model = load_with_adapter(config, trial.paths.adapter)
     batch_size = config.per_device_eval_batch_size
     # The inner model is the Transformers one, with the adapter in its layers.
-    adapter = example_losses(model.get_base_model(), test, batch_size)
+    inner: Any = model.get_base_model()
+    adapter = example_losses(inner, test, batch_size)
     with model.disable_adapter():
-        base = example_losses(model.get_base_model(), test, batch_size)
+        base = example_losses(inner, test, batch_size)
     return TestScore(adapter, base, False)

@@ -100,7 +100,9 @@ def copy_known(
 
     def write(root: Path) -> None:
         copy = TrialPaths(root)
-        left_out = shutil.ignore_patterns(known.paths.state.name, known.paths.log.name)
+        # Sending the same W&B run twice would count it twice.
+        names = (known.paths.state.name, known.paths.log.name, known.paths.wandb.name)
+        left_out = shutil.ignore_patterns(*names)
         shutil.copytree(known.paths.root, root, dirs_exist_ok=True, ignore=left_out)
         write_json(copy.config, {"settings": config.to_dict(), "engine": engine, **info})
         write_json(copy.result, result)
@@ -110,5 +112,9 @@ def copy_known(
 
 
 def _is_own(path: Path, paths: SweepPaths) -> bool:
-    """Whether a start that was killed before it wrote the definition can have left `path`."""
-    return path.name.startswith((".", paths.lock.name, paths.study.name))
+    """Whether a start that was killed before it wrote the definition can have left `path`.
+
+    The report on a CSV of the sweep's name may be there, too.
+    """
+    own = (".", paths.lock.name, paths.study.name, paths.report.name)
+    return path.name.startswith(own)

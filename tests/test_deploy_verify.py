@@ -291,7 +291,7 @@ def test_the_demo_model_has_the_same_tokens_and_losses_in_llama_cpp(tmp_path: Pa
     question = [{"role": "user", "content": "What is the capital of France?"}]
 
     with open_gguf(tmp_path / "demo.gguf", num_ctx=512) as model:
-        own_texts = [tokenizer.decode(ids) for ids in examples["input_ids"]]
+        own_texts = [str(tokenizer.decode(ids)) for ids in examples["input_ids"]]
         check_tokens(model, tokenizer, [*STRINGS, *own_texts])
         losses = model.example_losses(examples.to_list())
         answer = model.generate(model.chat_tokens(question), 50)

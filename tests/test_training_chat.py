@@ -110,11 +110,11 @@ def test_qwen3s_rewriting_template_is_replaced_by_trls_training_template(tokeniz
 
 def test_a_conversation_without_a_template_is_refused(tokenizer: Any) -> None:
     tokenizer.chat_template = None
-    with pytest.raises(DataError, match="line 7: is a conversation, but .* has no chat template"):
+    with pytest.raises(DataError, match=r"line 7: is a conversation, but .* has no chat template"):
         ChatRenderer(tokenizer, ["</s>"]).render(TALK, "line 7")
 
 
 def test_what_the_template_refuses_is_named_with_its_place(tokenizer: Any) -> None:
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
-    with pytest.raises(DataError, match="line 7: the chat template of .* roles must alternate"):
+    with pytest.raises(DataError, match=r"line 7: the chat template of .* roles must alternate"):
         ChatRenderer(tokenizer, ["</s>"]).render(TALK, "line 7")

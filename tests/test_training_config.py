@@ -75,7 +75,7 @@ def test_a_misspelt_setting_suggests_the_nearest() -> None:
 
 
 def test_a_misspelt_choice_suggests_the_nearest() -> None:
-    with pytest.raises(ConfigError, match="must be one of linear, .*; did you mean 'cosine'"):
+    with pytest.raises(ConfigError, match=r"must be one of linear, .*; did you mean 'cosine'"):
         TrialConfig.from_dict({"lr_scheduler_type": "cosin"})
 
 

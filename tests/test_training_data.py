@@ -121,13 +121,13 @@ def test_an_empty_file_is_refused(load: Any) -> None:
 
 def test_an_empty_split_says_what_to_raise(load: Any) -> None:
     with pytest.raises(
-        DataError, match="split of its 2 records is empty: raise .*_fraction, which is"
+        DataError, match=r"split of its 2 records is empty: raise .*_fraction, which is"
     ):
         load(MANY[:2], validation_fraction=0.01, test_fraction=0.01)
 
 
 def test_a_record_of_an_unknown_format_is_named_with_its_line(load: Any) -> None:
-    with pytest.raises(DataError, match="data.jsonl: line 101: the record's fields are a, q"):
+    with pytest.raises(DataError, match=r"data.jsonl: line 101: the record's fields are a, q"):
         load([*MANY, {"q": "x", "a": "y"}])
 
 

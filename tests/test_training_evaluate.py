@@ -55,7 +55,7 @@ def make_examples(num: int = 7) -> Dataset:
 def reference(model: Any, dataset: Dataset) -> pd.DataFrame:
     """Each example alone through the model's own loss."""
     rows = []
-    for example in dataset:
+    for example in dataset.to_list():
         ids, labels = torch.tensor([example["input_ids"]]), torch.tensor([example["labels"]])
         num_tokens = int((labels[:, 1:] != -100).sum())
         with torch.no_grad():

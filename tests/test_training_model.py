@@ -19,7 +19,8 @@ def test_the_demo_models_tokenizer_splits_digits_as_llama_cpp_does() -> None:
 
 def test_the_demo_model_answers() -> None:
     config = TrialConfig()
-    model, tokenizer = load_model(config), load_tokenizer(config)
+    model: Any = load_model(config)
+    tokenizer: Any = load_tokenizer(config)
     question = [{"role": "user", "content": "What is the capital of France?"}]
     ids = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt")
     answer = model.generate(**ids, max_new_tokens=12, do_sample=False)

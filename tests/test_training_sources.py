@@ -66,7 +66,7 @@ def test_a_missing_file_is_one_line(tmp_path: Path) -> None:
 
 def test_a_hub_dataset_that_cannot_be_reached_is_one_line() -> None:
     with pytest.raises(
-        DataError, match="dataset_name is nobody/nothing, which cannot be loaded: .+"
+        DataError, match=r"dataset_name is nobody/nothing, which cannot be loaded: .+"
     ):
         list(iter_records(TrialConfig(dataset_name="nobody/nothing")))
 

@@ -20,7 +20,7 @@ def read_run(directory: Path) -> dict[str, Any]:
     (path,) = directory.glob("wandb/offline-run-*/run-*.wandb")
     found: dict[str, Any] = {"history": [], "summary": {}, "config": {}, "run": None, "exit": None}
     for data in _read_leveldb_log(path.read_bytes()):
-        record = wandb_internal_pb2.Record()
+        record = wandb_internal_pb2.Record()  # pyright: ignore[reportAttributeAccessIssue]
         record.ParseFromString(data)
         kind = record.WhichOneof("record_type")
         if kind == "run":

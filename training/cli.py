@@ -16,7 +16,6 @@ from transformers.hf_argparser import HfArgumentParser
 
 from training.exceptions import LoraloomError, nearest
 
-
 _METAVARS = {int: "N", float: "X", str: "TEXT"}
 _SIGNS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
 

@@ -58,7 +58,7 @@ def example_losses(model: PreTrainedModel, dataset: Dataset, batch_size: int) ->
 
 def mean_loss(losses: pd.DataFrame) -> float:
     """Mean over all supervised tokens, in nats."""
-    return float(losses["loss_sum"].sum() / losses["num_tokens"].sum())
+    return float(losses["loss_sum"].to_numpy().sum() / losses["num_tokens"].to_numpy().sum())
 
 
 def output_logits(model: PreTrainedModel, hidden_ND: torch.Tensor) -> torch.Tensor:

@@ -9,6 +9,7 @@ import json
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 import transformers
@@ -96,7 +97,7 @@ def load_model(config: TrialConfig) -> PreTrainedModel:
         # gradient, and the product has no backward from then on: an evaluation would end training.
         for module in model.modules():
             if hasattr(module, "support_avx512bf16_for_cpu"):
-                module.support_avx512bf16_for_cpu = False  # pyright: ignore[reportAttributeAccessIssue]
+                vars(module)["support_avx512bf16_for_cpu"] = False
     model.eval()
     model.requires_grad_(False)
     return model
@@ -152,7 +153,7 @@ def _write_demo_model(directory: Path) -> None:
             gguf.parent, gguf_file=gguf.name, dtype=torch.float32
         )
         # save_pretrained refuses a model that remembers its GGUF quantisation: copy it to a plain one.
-        config = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        config: Any = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
         if hasattr(config, "quantization_config"):
             del config.quantization_config
         config.dtype = torch.float32
@@ -191,7 +192,7 @@ def _separate_pad_token(tokenizer: PreTrainedTokenizerBase) -> None:
     special = [
         token
         for token in tokenizer.all_special_tokens
-        + sorted(str(token) for token in tokenizer.get_added_vocab())
+        + sorted(str(token) for token in cast(Any, tokenizer).get_added_vocab())
         if token != tokenizer.eos_token
     ]
     for wish in ("pad", "endoftext", "unk", "reserved", ""):

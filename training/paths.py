@@ -51,6 +51,11 @@ class TrialPaths:
         """Working files of a trial in flight; removed when it ends."""
         return self.root / "state"
 
+    @property
+    def wandb(self) -> Path:
+        """W&B's own files of an offline run, for `wandb sync`."""
+        return self.root / "wandb"
+
     def eval_losses(self, step: int) -> Path:
         """Per-example validation losses at `step` (0 is the base model)."""
         return self.root / "eval" / f"{step}.parquet"

@@ -76,7 +76,7 @@ class TrialRecorder:
         self.progress.step(step, train_loss)
 
     def log_eval(
-        self, step: int, losses: pd.DataFrame, save_adapter: Callable[[Path], object]
+        self, step: int, losses: pd.DataFrame, save_adapter: Callable[[Path], None]
     ) -> None:
         """One evaluation on the validation split; `save_adapter(directory)` is called if it is the best."""
         loss = mean_loss(losses)
@@ -85,7 +85,7 @@ class TrialRecorder:
         self._log(step, {"eval/loss": loss})
         is_best = loss < self.best_loss
         if is_best:
-            write_directory(self.paths.adapter, lambda directory: save_adapter(directory) and None)
+            write_directory(self.paths.adapter, save_adapter)
             self.best_step, self.best_loss = step, loss
         self.progress.evaluated(step, loss, is_best=is_best)
 

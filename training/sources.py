@@ -101,10 +101,11 @@ def _read_parquet(path: Path) -> Iterator[Record]:
 
 def _read_hub(name: str, split: str) -> Iterator[Record]:
     import datasets
+    from datasets.exceptions import DatasetsError
 
     try:
         dataset = datasets.load_dataset(name, split=split)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, DatasetsError) as error:
         cause = str(error).strip().splitlines()[0]
         raise DataError(f"dataset_name is {name}, which cannot be loaded: {cause}") from error
     for number, record in enumerate(dataset, 1):

@@ -75,7 +75,7 @@ class WandbTracker:
         mode = _mode()
         try:
             self.run: Any = wandb.init(mode=mode, **settings)
-        except Exception as error:  # noqa: BLE001 - no network, a refused key, a full disk ...
+        except Exception as error:
             if mode != "online":
                 raise
             _warn(error, "is kept offline")

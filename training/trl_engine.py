@@ -18,7 +18,7 @@ from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
 from training.config import TrialConfig
-from training.evaluate import example_losses
+from training.evaluate import example_losses, mean_loss
 from training.paths import TrialPaths
 from training.prepared import Prepared
 from training.recorder import TrialRecorder
@@ -50,8 +50,8 @@ def train_with_trl(
         try:
             trainer.train()
         finally:
+            callback.model.unload()
             callback.model = None
-            trainer.model.unload()
     return callback.failure
 
 
@@ -143,7 +143,7 @@ class _RecordingCallback(TrainerCallback):
             self.config.per_device_eval_batch_size,
         )
         self.recorder.log_eval(step, losses, self.model.save_pretrained)
-        if not math.isfinite(losses["loss_sum"].sum()):
+        if not math.isfinite(mean_loss(losses)):
             self._fail(f"eval/loss is not finite at step {step}", control)
 
     def _fail(self, reason: str, control: Any) -> None:
