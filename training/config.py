@@ -16,7 +16,9 @@ from training.exceptions import ConfigError, nearest
 
 DEMO = "demo"
 
-SchedulerType = Literal["linear", "cosine", "constant", "constant_with_warmup"]
+SchedulerType = Literal[
+    "linear", "cosine", "constant", "constant_with_warmup", "warmup_stable_decay"
+]
 
 
 def _setting(default: Any, help: str, **limits: float) -> Any:
@@ -81,6 +83,12 @@ class TrialConfig:
     learning_rate: float = _setting(2e-4, "Peak learning rate of AdamW.", gt=0)
     lr_scheduler_type: SchedulerType = _setting("linear", "Learning-rate schedule after warmup.")
     warmup_steps: int = _setting(0, "Steps from learning rate 0 to its peak.", ge=0)
+    decay_fraction: float = _setting(
+        0.2, "Share of max_steps that warmup_stable_decay cools down in.", ge=0, le=1
+    )
+    decay_type: Literal["1-sqrt", "linear"] = _setting(
+        "1-sqrt", "Shape of warmup_stable_decay's cooldown."
+    )
     per_device_train_batch_size: int = _setting(8, "Sequences in a micro-batch.", ge=1)
     gradient_accumulation_steps: int = _setting(1, "Micro-batches in a step.", ge=1)
     weight_decay: float = _setting(0.0, "AdamW's weight decay.", ge=0)

@@ -11,14 +11,11 @@ from typing import Any
 import pandas as pd
 import torch
 from datasets import Dataset
-from torch.nn import functional
 from transformers import PreTrainedModel
 
 from training.chat import IGNORE
 from training.exceptions import ModelError
-
-MAX_LOGITS = 2**25
-"""Most logits at a time: 128 MiB in float32."""
+from training.head import output_logits, token_losses
 
 
 def example_losses(model: PreTrainedModel, dataset: Dataset, batch_size: int) -> pd.DataFrame:
@@ -41,7 +38,7 @@ def example_losses(model: PreTrainedModel, dataset: Dataset, batch_size: int) ->
     loss_sum = torch.zeros(len(dataset), dtype=torch.float64)
     num_tokens = torch.zeros(len(dataset), dtype=torch.int64)
     with torch.no_grad(), _eval_mode(model):
-        _check_head(model, ids[order[0]][:8] if order else [])
+        check_head(model, ids[order[0]][:8] if order else [])
         # Longest first: what does not fit in memory fails at once.
         for start in range(0, len(order), batch_size):
             rows = order[::-1][start : start + batch_size]
@@ -61,13 +58,27 @@ def mean_loss(losses: pd.DataFrame) -> float:
     return float(losses["loss_sum"].to_numpy().sum() / losses["num_tokens"].to_numpy().sum())
 
 
-def output_logits(model: PreTrainedModel, hidden_ND: torch.Tensor) -> torch.Tensor:
-    """Logits [N, V] in float32 from the backbone's last hidden states, as the model's own forward."""
-    head: Any = model.get_output_embeddings()
-    config: Any = model.config.get_text_config()
-    logits_NV = head(hidden_ND).float() * _logit_scale(config)
-    cap = getattr(config, "final_logit_softcapping", None)
-    return logits_NV if cap is None else torch.tanh(logits_NV / cap) * cap
+def check_head(model: PreTrainedModel, ids: list[int]) -> None:
+    """Compares `training.head.output_logits` with the model's own forward on a few tokens.
+
+    Raises:
+        ModelError: they differ. Architectures treat the head's output in ways of their own; a loss
+            computed otherwise would look plausible and be wrong.
+    """
+    if not ids:
+        return
+    ids_ST = torch.tensor([ids])
+    mask_ST = torch.ones_like(ids_ST)
+    ours = output_logits(model, _hidden_states(model, ids_ST, mask_ST)[0])
+    own = model(
+        input_ids=ids_ST.to(model.device), attention_mask=mask_ST.to(model.device), use_cache=False
+    ).logits[0]
+    tolerance = 1e-3 if model.dtype == torch.float32 else 5e-2
+    if not torch.allclose(ours, own.float(), rtol=tolerance, atol=tolerance, equal_nan=True):
+        raise ModelError(
+            f"model_name_or_path: {type(model).__name__} computes its logits in a way that held-out "
+            "loss does not know, so it cannot be used"
+        )
 
 
 def _batch_losses(
@@ -88,15 +99,9 @@ def _batch_losses(
     sequence_N = supervised_ST.nonzero()[:, 0]
     hidden_ND = hidden_STD[:, :-1][supervised_ST.to(hidden_STD.device)]
     targets_N = targets_ST[supervised_ST]
+    losses_N = token_losses(model, hidden_ND, targets_N.to(hidden_ND.device))
     sums = torch.zeros(len(ids), dtype=torch.float64)
-    chunk = max(1, MAX_LOGITS // model.config.get_text_config().vocab_size)
-    for start in range(0, len(targets_N), chunk):
-        part = slice(start, start + chunk)
-        logits_NV = output_logits(model, hidden_ND[part])
-        losses_N = functional.cross_entropy(
-            logits_NV, targets_N[part].to(logits_NV.device), reduction="none"
-        )
-        sums.index_add_(0, sequence_N[part], losses_N.double().cpu())
+    sums.index_add_(0, sequence_N, losses_N.double().cpu())
     return sums, supervised_ST.sum(1)
 
 
@@ -108,38 +113,6 @@ def _hidden_states(
     return backbone(
         input_ids=ids_ST.to(device), attention_mask=mask_ST.to(device), use_cache=False
     ).last_hidden_state
-
-
-def _logit_scale(config: Any) -> float:
-    """Factor between the head's output and the logits; 1 for most architectures."""
-    for name in ("logit_scale", "lm_head_multiplier"):  # Cohere; Falcon-H1
-        if getattr(config, name, None) is not None:
-            return float(getattr(config, name))
-    if getattr(config, "logits_scaling", None) is not None:  # Granite divides by it
-        return 1 / float(config.logits_scaling)
-    return 1.0
-
-
-def _check_head(model: PreTrainedModel, ids: list[int]) -> None:
-    """Compares `output_logits` with the model's own forward on a few tokens.
-
-    Architectures treat the head's output in ways of their own; a loss computed otherwise would look
-    plausible and be wrong.
-    """
-    if not ids:
-        return
-    ids_ST = torch.tensor([ids])
-    mask_ST = torch.ones_like(ids_ST)
-    ours = output_logits(model, _hidden_states(model, ids_ST, mask_ST)[0])
-    own = model(
-        input_ids=ids_ST.to(model.device), attention_mask=mask_ST.to(model.device), use_cache=False
-    ).logits[0]
-    tolerance = 1e-3 if model.dtype == torch.float32 else 5e-2
-    if not torch.allclose(ours, own.float(), rtol=tolerance, atol=tolerance, equal_nan=True):
-        raise ModelError(
-            f"model_name_or_path: {type(model).__name__} computes its logits in a way that held-out "
-            "loss does not know, so it cannot be used"
-        )
 
 
 @contextlib.contextmanager
