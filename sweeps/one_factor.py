@@ -73,6 +73,14 @@ class OneFactorSampler(BaseSampler):
             )
         return COMBINATION, self.best_combination(study)
 
+    def waits_for_results(self, study: Study) -> bool:
+        """Whether only the combination is left, and trials that it needs are still running."""
+        trials = study.get_trials(deepcopy=False)
+        tried = [self._point(trial) for trial in trials]
+        return all(point in tried for point in self.design.values()) and any(
+            not trial.state.is_finished() for trial in trials
+        )
+
     def best_combination(self, study: Study) -> Point:
         """Each factor at its best value, by the finished trials."""
         sign = -1.0 if study.direction == StudyDirection.MAXIMIZE else 1.0

@@ -1,15 +1,13 @@
-"""Runs a sweep here, one trial after the other, or continues it: the same command after a crash.
+"""Runs a sweep here, several trials in one pack, or continues it: the same command after a crash.
 
-definition -> study (ask) -> TrialConfig -> training.run.run_trial -> result.json -> study (tell).
+definition -> study (ask) -> TrialConfig -> training.run.run_jobs -> result.json -> study (tell).
 The study and the trial directories say between them what is done: a RUNNING trial with a result is
-told, one without is run again under its number, a failed one is queued again each time the command
+told, one without goes on under its number, a failed one is queued again each time the command
 starts. The study carries the definition's pruner, but a trial trained here is not stopped early.
 """
 
-import errno
 import math
 import os
-import shutil
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,7 +26,8 @@ from sweeps.terminal import first_line, make_console, params_text, print_summary
 from training.cli import make_parser, parse, run_command
 from training.config import TrialConfig
 from training.exceptions import ConfigError, LoraloomError, SweepError
-from training.paths import SweepPaths, TrialPaths, read_json
+from training.job import Engine, Job, JobOptions, Outcome
+from training.paths import SweepPaths, read_json
 from training.progress import duration
 
 MAX_FAILURES_IN_A_ROW = 3
@@ -55,6 +54,14 @@ class RunOptions:
     )
     report_to: Literal["wandb", "none"] = field(
         default="wandb", metadata={"help": "Tracker, besides the files that are always written."}
+    )
+    engine: Engine = field(
+        default="packed",
+        metadata={"help": "packed trains several trials at once; trl is SFTTrainer, one by one."},
+    )
+    slots: int = field(
+        default=0,
+        metadata={"help": "Most trials at once; 0 is as many as memory and device make sense of."},
     )
     project: str | None = field(
         default=None,
@@ -108,29 +115,44 @@ class _Run:
     console: Console = field(default_factory=make_console)
     failures: list[str] = field(default_factory=list)
     """Causes of the trials that failed since the last one that did not."""
-    train_time_s: float = 0.0
+    unfinished: list[FrozenTrial] = field(default_factory=list)
+    """Trials of an earlier start that have no result yet."""
+    running: dict[int, TrialConfig] = field(default_factory=dict)
+    """Settings of the trials in the pack, by number."""
+    waiting: list[Job] = field(default_factory=list)
+    """Trials with the settings of one that is running: they will take its result."""
+    started: float = field(default_factory=time.monotonic)
     num_steps: int = 0
+    """Steps of the trials that have ended since."""
 
     def __post_init__(self) -> None:
         self.distributions = search_space(self.definition)
         self.planned = planned_points(self.study, self.definition)
 
     def train_all(self) -> None:
-        unfinished = self._settle_interrupted()
+        from training.run import run_jobs  # loads torch and transformers: only when training
+
+        self.unfinished = self._settle_interrupted()
         failed = self._failed()
         num_done = self._num_counted(finished_only=True)
         self.console.print(f"sweep {self.definition.name}: {self.paths.root}")
         if num_done:
             self.console.print(f"{num_done} of {self.num_trials or '?'} trials are already there")
-        for frozen in unfinished:
-            self._train(optuna.trial.Trial(self.study, frozen._trial_id))
         for frozen in failed:
             self.study.add_trial(_retry(frozen))
-        while self._wants_another():
-            self._train(self._ask())
+        if entity := self.definition.config.get("entity"):
+            os.environ.setdefault("WANDB_ENTITY", entity)
+        options = JobOptions(
+            slots=self.options.slots,
+            report_to=self.options.report_to,
+            group=self.definition.name,
+            project=self.options.project or self.definition.config.get("project") or "loraloom",
+            console=self.console,
+        )
+        run_jobs(self._next_job, self._done, engine=self.options.engine, options=options)
 
     def _settle_interrupted(self) -> list[FrozenTrial]:
-        """Tells the study what a killed process could not; returns the trials to run again."""
+        """Tells the study what a killed process could not; returns the trials to go on with."""
         unfinished = []
         for frozen in self.study.get_trials(states=[TrialState.RUNNING]):
             result = self.paths.trial(frozen.number).result
@@ -150,6 +172,27 @@ class _Run:
             if trial.state == TrialState.FAIL and trial.number not in repeated
         ]
 
+    def _next_job(self) -> Job | None:
+        """The next trial to train; None where there is none before one that is running has ended."""
+        while True:
+            self._copy_known_of_waiting()
+            if self.unfinished:
+                frozen = self.unfinished.pop(0)
+                self._reseed(frozen.number)
+                job = self._job(optuna.trial.Trial(self.study, frozen._trial_id))
+            elif self._wants_another():
+                self._reseed(len(self.study.get_trials(deepcopy=False)))
+                job = self._job(self.study.ask())
+            else:
+                return None
+            if job is None or self._takes_known(job):
+                continue
+            if job.config in self.running.values():
+                self.waiting.append(job)
+                continue
+            self.running[_number(job)] = job.config
+            return job
+
     def _wants_another(self) -> bool:
         if self.study.get_trials(deepcopy=False, states=[TrialState.WAITING]):
             return True
@@ -159,27 +202,30 @@ class _Run:
         num_counted = self._num_counted()
         sampler = self.study.sampler
         if isinstance(sampler, OneFactorSampler):
-            if num_counted >= sampler.num_trials == self.num_trials:
-                # A retry may have changed what is best: then the combination is tried again.
-                return not sampler.is_exhausted(self.study)
-            return num_counted < (self.num_trials or sampler.num_trials)
+            if num_counted >= (self.num_trials or sampler.num_trials):
+                # A retry may have changed what is best: then the combination is tried again, unless
+                # the number of trials is the user's.
+                is_capped = (
+                    self.options.num_trials is not None or self.definition.run_cap is not None
+                )
+                return not is_capped and not self.running and not sampler.is_exhausted(self.study)
+            # The combination needs the results of all others.
+            return not sampler.waits_for_results(self.study)
         if self.num_trials is not None and num_counted >= self.num_trials:
             return False
         is_exhausted = getattr(sampler, "is_exhausted", None)  # of Optuna's GridSampler and others
         return not (is_exhausted and is_exhausted(self.study))
 
-    def _ask(self) -> optuna.Trial:
-        number = len(self.study.get_trials(deepcopy=False))
+    def _reseed(self, number: int) -> None:
         if self.definition.method in ("random", "bayes"):
             sampler = build_sampler(self.definition, number)
             assert sampler is not None
             self.study.sampler = sampler
-        return self.study.ask()
 
-    def _train(self, trial: optuna.Trial) -> None:
+    def _job(self, trial: optuna.Trial) -> Job | None:
+        """The trial with its settings; None if these are refused, which has been told."""
         # As Study.ask does for its `fixed_distributions`; what was suggested before is kept.
         params = {name: trial._suggest(name, dist) for name, dist in self.distributions.items()}
-        paths = self.paths.trial(trial.number)
         info = {
             "number": trial.number,
             "name": trial.user_attrs.get(NAME_ATTR) or params_text(params),
@@ -187,53 +233,51 @@ class _Run:
             "retry_of": trial.user_attrs.get(RETRY_ATTR),
             "sweep": self.definition.name,
         }
-        label = f"trial {trial.number}{self._position()} {info['name']}"
+        label = f"trial {trial.number}"
         shown = "" if info["name"] == params_text(params) else f": {params_text(params)}"
         retry = (
             f", again for failed trial {info['retry_of']}" if info["retry_of"] is not None else ""
         )
-        self.console.print(f"{label}{shown}{retry}")
-        started = time.monotonic()
+        self.console.print(f"{label}{self._position()} {info['name']}{shown}{retry}")
         try:
             config = self.definition.trial_config(params)
-            result = self._result(config, paths, info)
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise  # it stays unfinished: the same command runs it again
-            self._fail(trial, label, error)
-        except Exception as error:  # noqa: BLE001 - whatever it is, the next trial may do without
-            self._fail(trial, label, error)
+        except LoraloomError:
+            self._tell(trial.number, {"state": "failed"})
+            raise  # wrong settings: the next trial would meet them, too
+        return Job(config=config, paths=self.paths.trial(trial.number), info=info, label=label)
+
+    def _takes_known(self, job: Job) -> bool:
+        """Copies the trial from the one that had exactly these settings, if there is one."""
+        known = find_known(job.config, self.paths)
+        if known is None:
+            return False
+        assert job.info is not None
+        self._done(job, copy_known(known, job.paths, job.config, job.info))
+        return True
+
+    def _copy_known_of_waiting(self) -> None:
+        """Gives the trials that waited for one with the same settings its result, or their turn."""
+        for job in list(self.waiting):
+            if job.config in self.running.values():
+                continue
+            self.waiting.remove(job)
+            if not self._takes_known(job):  # the one that it waited for has failed
+                self.unfinished.insert(0, self._frozen(_number(job)))
+
+    def _frozen(self, number: int) -> FrozenTrial:
+        return self.study.get_trials(deepcopy=False)[number]
+
+    def _done(self, job: Job, outcome: Outcome) -> None:
+        number, label = _number(job), f"{job.label} {(job.info or {})['name']}"
+        self.running.pop(number, None)
+        if isinstance(outcome, Exception):
+            self._tell(number, {"state": "failed"})
+            if isinstance(outcome, LoraloomError):
+                raise outcome  # wrong data, model or settings: the next trial would meet it, too
+            self._count_failure(label, f"{type(outcome).__name__}: {first_line(outcome)}")
         else:
-            self._tell(trial.number, result)
-            self._finish(label, result, time.monotonic() - started)
-
-    def _result(
-        self, config: TrialConfig, paths: TrialPaths, info: dict[str, Any]
-    ) -> dict[str, Any]:
-        """Trains the trial, or copies it from the trial that had exactly these settings."""
-        from training.run import run_trial  # loads torch and transformers: only when training
-
-        known = find_known(config, self.paths)
-        if known is not None:
-            return copy_known(known, paths, config, info)
-        shutil.rmtree(paths.root, ignore_errors=True)  # what a killed process had begun
-        project = self.options.project or self.definition.config.get("project") or "loraloom"
-        if entity := self.definition.config.get("entity"):
-            os.environ.setdefault("WANDB_ENTITY", entity)
-        return run_trial(
-            config,
-            paths,
-            info=info,
-            report_to=self.options.report_to,
-            group=self.definition.name,
-            project=project,
-        )
-
-    def _fail(self, trial: optuna.Trial, label: str, error: Exception) -> None:
-        self._tell(trial.number, {"state": "failed"})
-        if isinstance(error, LoraloomError):
-            raise error  # wrong data, model or settings: the next trial would meet it, too
-        self._count_failure(label, f"{type(error).__name__}: {first_line(error)}")
+            self._tell(number, outcome)
+            self._finish(label, outcome)
 
     def _count_failure(self, label: str, cause: str) -> None:
         self.console.print(f"{label}: failed: {cause}")
@@ -259,7 +303,7 @@ class _Run:
             if "Study.stop" not in str(error):
                 raise
 
-    def _finish(self, label: str, result: dict[str, Any], time_s: float) -> None:
+    def _finish(self, label: str, result: dict[str, Any]) -> None:
         loss = result.get(METRIC)
         if result.get("state") == "failed" or loss is None or not math.isfinite(loss):
             self._count_failure(label, result.get("reason") or f"{METRIC} is {loss}")
@@ -268,9 +312,8 @@ class _Run:
         if "same_as" in result:
             taken = f"as in trial {result['same_as']}, which had the same settings"
         else:
-            self.train_time_s += time_s
             self.num_steps += result.get("num_steps") or 0
-            taken = duration(time_s)
+            taken = duration(result.get("train_time_s") or 0)
         best = self._best()
         shown = f", best so far {best[1]:.4f} (trial {best[0]})" if best else ""
         self.console.print(f"{label}: {METRIC} {loss:.4f}{shown}, {taken}{self._time_left()}")
@@ -308,7 +351,9 @@ class _Run:
             tried = [trial.params for trial in done if trial.state.is_finished()]
             points = [point for point in self.planned if point not in tried]
             steps_left = min(num_left, len(points)) * self._mean_steps(points)
-        return f", about {duration(steps_left * self.train_time_s / self.num_steps)} left"
+        # Trials in the pack have steps behind them that are not counted yet: it is an upper bound.
+        pace_s = (time.monotonic() - self.started) / self.num_steps
+        return f", at most {duration(steps_left * pace_s)} left"
 
     def _mean_steps(self, points: list[dict[str, Any]]) -> float:
         default = self.definition.constants.get("max_steps", TrialConfig.max_steps)
@@ -332,6 +377,11 @@ def _num_trials(
             "(or --num_trials) to end"
         )
     return limit
+
+
+def _number(job: Job) -> int:
+    assert job.info is not None
+    return job.info["number"]
 
 
 def _retry(trial: FrozenTrial) -> FrozenTrial:

@@ -4,8 +4,10 @@ The control flow is tried with `quick_trial`, which writes a trial's files in mi
 marked slow trains the tiny model through `training.run` and kills the real command.
 """
 
+import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -50,15 +52,36 @@ def loss_of(config):
     return 2 - config.max_steps / 10 - adapter - config.learning_rate
 
 
+def quick_jobs(next_job, done, *, engine, options):
+    """Stands in for `training.run.run_jobs`: fills the slots, then ends the oldest trial."""
+    trial = sys.modules["training.run"].__dict__["run_trial"]
+    slots = []
+    while True:
+        while len(slots) < max(1, options.slots) and (job := next_job()) is not None:
+            slots.append(job)
+        if not slots:
+            return
+        job = slots.pop(0)
+        if not job.paths.state.is_dir():
+            shutil.rmtree(job.paths.root, ignore_errors=True)
+        try:
+            outcome = trial(job.config, job.paths, info=job.info, options=options)
+        except Exception as error:
+            if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+                raise
+            outcome = error
+        done(job, outcome)
+
+
 class QuickTrial:
-    """Stands in for `training.run.run_trial`: the same files, no training."""
+    """Trains one trial for `quick_jobs`: the same files, no training."""
 
     def __init__(self):
         self.started = []
         self.step_time_s = 0.0
         self.errors = {}
 
-    def __call__(self, config, paths, *, info, report_to, group, project):
+    def __call__(self, config, paths, *, info, options):
         self.started.append(info["number"])
         write_json(paths.config, {"settings": config.to_dict(), "engine": "trl", **info})
         for step in range(1, config.max_steps + 1):
@@ -86,7 +109,7 @@ class QuickTrial:
 def use_quick_trial():
     trial = QuickTrial()
     module = types.ModuleType("training.run")
-    module.__dict__["run_trial"] = trial
+    module.__dict__.update(run_trial=trial, run_jobs=quick_jobs)
     sys.modules["training.run"] = module
     return trial
 
@@ -105,11 +128,14 @@ class Runner:
         self.root = root
         self.paths = SweepPaths(root / "runs" / "x")
 
-    def __call__(self, text, *, output_dir="runs", num_trials=None):
+    def __call__(self, text, *, output_dir="runs", num_trials=None, slots=1):
         path = self.root / "x.yaml"
         path.write_text(text, encoding="utf-8")
         options = RunOptions(
-            output_dir=str(self.root / output_dir), num_trials=num_trials, report_to="none"
+            output_dir=str(self.root / output_dir),
+            num_trials=num_trials,
+            slots=slots,
+            report_to="none",
         )
         return run_sweep(read_definition(path), options)
 

@@ -36,7 +36,7 @@ def packed_attention_of(model: PreTrainedModel) -> Iterator[None]:
     Raises:
         ModelError: the model does not use Transformers' attention interface.
     """
-    before = model.config._attn_implementation
+    before = model.config._attn_implementation or "eager"
     try:
         model.set_attn_implementation(NAME)
     except (ValueError, ImportError) as error:
@@ -137,7 +137,7 @@ class _Explicit(torch.autograd.Function):
         scale: float,
         window: int | None,
     ) -> torch.Tensor:
-        heads, length, size = query_HTE.shape
+        heads, length, _ = query_HTE.shape
         groups = heads // key_JTE.shape[0]
         out_THE = query_HTE.new_empty(length, heads, value_JTE.shape[-1])
         weights = []

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from training.attention import packed_attention_of
 from training.config import TrialConfig
 from training.evaluate import check_head
-from training.examples import Examples
+from training.examples import Examples, Sequence
 from training.exceptions import ModelError
 from training.head import token_losses, weighted_loss
 from training.packed_lora import PackedLora
@@ -148,6 +148,12 @@ class PackedEngine:
             }
         )
 
+    def hidden_states_of(self, sequences: list[Sequence]) -> torch.Tensor:
+        """The base model's last hidden states of a row of sequences, [T, D], with a graph to measure."""
+        return self._hidden_states(
+            build_row([Part(adapter=None, sequences=sequences)], self.model.device)
+        )
+
     def _backward(self, trials: list[TrialState], parts: list[Part]) -> tuple[Row, torch.Tensor]:
         row = build_row(parts, self.model.device)
         row.dropout_seeds = {
@@ -181,7 +187,9 @@ class PackedEngine:
         shared = row.pieces[0].end
         own = [hidden_TD[piece.start : piece.end] for piece in row.pieces[1:]]
         is_equal = all(
-            torch.allclose(ours, alone[shared:], rtol=tolerance, atol=tolerance * float(alone.abs().max()))
+            torch.allclose(
+                ours, alone[shared:], rtol=tolerance, atol=tolerance * float(alone.abs().max())
+            )
             for ours, alone in zip(own, expected, strict=True)
         )
         if not is_equal or row.attention_calls != layers:

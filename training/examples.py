@@ -77,7 +77,8 @@ class BatchOrder:
             self._epoch = epoch
         taken = self._order[place * self.step_size : (place + 1) * self.step_size]
         return [
-            taken[start : start + self.batch_size] for start in range(0, len(taken), self.batch_size)
+            taken[start : start + self.batch_size]
+            for start in range(0, len(taken), self.batch_size)
         ]
 
 

@@ -8,9 +8,12 @@ one A product for all of them, and one gradient of their input.
 T tokens of the row, t of a trial's stretch, D input and O output features, R rank, M members of a group.
 """
 
+import contextlib
 import copy
 import functools
 import math
+import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,7 +97,8 @@ class PackedLora:
         self.names = linear_names(model)
         groups = _siblings(model, self.names)
         config = LoraConfig(r=1, target_modules=self.names, task_type="CAUSAL_LM")
-        self.peft: PeftModel = get_peft_model(model, config, adapter_name=_PLACEHOLDER)  # pyright: ignore[reportAttributeAccessIssue]
+        with known_warnings():
+            self.peft: PeftModel = get_peft_model(model, config, adapter_name=_PLACEHOLDER)  # pyright: ignore[reportAttributeAccessIssue]
         # A tensor that needs a gradient, so that layers whose input needs none have a backward too.
         self.anchor = torch.zeros((), device=model.device, requires_grad=True)
         self.groups = []
@@ -112,9 +116,9 @@ class PackedLora:
         Raises:
             ModelError: the target modules are not there, or not linear layers.
         """
-        targets = self._targets(config)
-        config.target_modules = set(targets)
-        with torch.random.fork_rng(devices=_cuda_devices(self.model)):
+        targets = self.targets(config)
+        config.target_modules = targets
+        with torch.random.fork_rng(devices=_cuda_devices(self.model)), known_warnings():
             set_seed(seed)
             self.peft.add_adapter(name, config)
         adapter = self._flatten(name, config, set(targets))
@@ -151,7 +155,12 @@ class PackedLora:
             del self.model.peft_config
         self.model.requires_grad_(False)
 
-    def _targets(self, config: LoraConfig) -> list[str]:
+    def targets(self, config: LoraConfig) -> list[str]:
+        """Full names of the layers that `config` adapts.
+
+        Raises:
+            ModelError: a name in it matches no linear layer.
+        """
         wished = config.target_modules
         if wished == "all-linear":
             return self.names
@@ -191,7 +200,9 @@ class PackedLora:
                 continue
             features = group.layers[members[0]].in_features
             span = slice(place, place + len(members) * rank * features)
-            a, grad_a = (vector[span].view(len(members) * rank, features) for vector in (flat, grad))
+            a, grad_a = (
+                vector[span].view(len(members) * rank, features) for vector in (flat, grad)
+            )
             place = span.stop
             for row, n in enumerate(members):
                 self._put(adapter, group, n, "lora_A", a[row * rank : (row + 1) * rank])
@@ -214,6 +225,17 @@ class PackedLora:
         view.copy_(weight.data)
         weight.data = view
         adapter.layout.append((f"{group.names[member]}.{letter}", tuple(view.shape)))
+
+
+@contextlib.contextmanager
+def known_warnings() -> Iterator[None]:
+    """Silences what PEFT and TRL print about each other's versions."""
+    with warnings.catch_warnings():
+        # PEFT 0.21 and TRL 1.16 still use the names that Transformers 5.23 has given up.
+        warnings.filterwarnings(
+            "ignore", message=".*gradient_checkpointing.*", category=FutureWarning
+        )
+        yield
 
 
 def linear_names(model: PreTrainedModel) -> list[str]:
@@ -387,16 +409,16 @@ def _up(
             grad_tD.addmm_(grad_tR, a)
         return
     keep = 1 / (1 - share.dropout)
-    parts = [tensor.split(share.rank, dim) for tensor, dim in ((a, 0), (share.grad_a, 0), (grad_tR, 1))]
+    parts = [
+        tensor.split(share.rank, dim) for tensor, dim in ((a, 0), (share.grad_a, 0), (grad_tR, 1))
+    ]
     for mask, part, grad_a, grad in zip(masks, *parts, strict=True):
         _accumulate(grad_a, grad.T, x_tD * mask, keep)
         if grad_tD is not None:
             grad_tD.add_((grad @ part) * mask, alpha=keep)
 
 
-def _accumulate(
-    total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, alpha: float
-) -> None:
+def _accumulate(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, alpha: float) -> None:
     """total += alpha · left @ right; the total stays float32 when the product is not."""
     if total.dtype == left.dtype:
         total.addmm_(left, right, alpha=alpha)

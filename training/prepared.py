@@ -1,4 +1,4 @@
-"""What trials of one process share: the base model, the tokenised data, the base model's losses.
+"""What trials of one process share: the base model and the tokenised data.
 
 Each is kept for the next trial that needs the same, so that a sweep loads its model once.
 """
@@ -7,12 +7,11 @@ import functools
 import json
 from dataclasses import dataclass
 
-import pandas as pd
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from training.config import TrialConfig
 from training.data import DataSplits, load_splits
-from training.evaluate import example_losses
+from training.examples import Examples
 from training.model import load_model, load_tokenizer
 from training.sources import local_file
 
@@ -43,9 +42,12 @@ class Prepared:
     tokenizer: PreTrainedTokenizerBase
     splits: DataSplits
     model: PreTrainedModel
-    """The frozen base model, without an adapter."""
-    base_losses: pd.DataFrame
-    """The base model's per-example validation losses."""
+    """The frozen base model, without an adapter of its own."""
+    train: Examples
+    validation: Examples
+    model_key: str
+    """Equal for trials that can share a pack."""
+    data_key: str
 
 
 def prepare(config: TrialConfig) -> Prepared:
@@ -59,18 +61,20 @@ def prepare(config: TrialConfig) -> Prepared:
     if file is not None:
         status = file.stat()
         data_key += f"\n{status.st_mtime_ns} {status.st_size}"
-    model_key = _key(config, _MODEL_SETTINGS)
-    tokenizer, splits = _data(data_key)
-    model = _model(model_key)
-    losses = _base_losses(model_key, data_key, config.per_device_eval_batch_size)
-    return Prepared(tokenizer, splits, model, losses)
+    key = model_key(config)
+    tokenizer, splits, train, validation = _data(data_key)
+    return Prepared(tokenizer, splits, _model(key), train, validation, key, data_key)
+
+
+def model_key(config: TrialConfig) -> str:
+    """Equal for settings of the same base model."""
+    return _key(config, _MODEL_SETTINGS)
 
 
 def forget() -> None:
     """Frees everything: after a fault, the model may not be what it was."""
     _model.cache_clear()
     _data.cache_clear()
-    _base_losses.cache_clear()
 
 
 def _key(config: TrialConfig, names: tuple[str, ...]) -> str:
@@ -81,13 +85,13 @@ def _config(key: str) -> TrialConfig:
     return TrialConfig.from_dict(json.loads(key.splitlines()[0]))
 
 
-@functools.lru_cache(maxsize=1)
-def _data(key: str) -> tuple[PreTrainedTokenizerBase, DataSplits]:
+@functools.lru_cache(maxsize=4)
+def _data(key: str) -> tuple[PreTrainedTokenizerBase, DataSplits, Examples, Examples]:
     config = _config(key)
     tokenizer = load_tokenizer(config)
     splits = load_splits(config, tokenizer)
     print(f"  data {config.dataset_name}: {splits.describe()}", flush=True)
-    return tokenizer, splits
+    return tokenizer, splits, Examples(splits.train), Examples(splits.validation)
 
 
 @functools.lru_cache(maxsize=1)
@@ -101,8 +105,3 @@ def _model(key: str) -> PreTrainedModel:
         flush=True,
     )
     return model
-
-
-@functools.lru_cache(maxsize=1)
-def _base_losses(model_key: str, data_key: str, batch_size: int) -> pd.DataFrame:
-    return example_losses(_model(model_key), _data(data_key)[1].validation, batch_size)

@@ -1,22 +1,35 @@
-"""Everything that a trial leaves behind while it trains: metrics, evaluations, the best adapter, the result.
+"""Everything that a trial leaves behind: settings, metrics, evaluations, the best adapter, result or fault.
 
 An engine calls `log_step` after each step and `log_eval` with each evaluation; the recorder writes the
 trial's files, tells the tracker and the terminal, and knows which step is the best.
 """
 
+import errno
 import json
 import math
 import time
+import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from training.config import TrialConfig
 from training.evaluate import mean_loss
-from training.paths import TrialPaths, write_atomic, write_directory
+from training.paths import TrialPaths, write_atomic, write_directory, write_json, write_text
 from training.progress import Progress
 from training.tracking import Tracker
+
+_RECORD = (
+    "num_steps",
+    "tokens",
+    "train_time_s",
+    "train_loss",
+    "last_loss",
+    "best_step",
+    "best_loss",
+)
 
 
 class TrialRecorder:
@@ -27,24 +40,42 @@ class TrialRecorder:
         tracker: is told every metric.
         progress: the terminal's view.
         base_losses: per-example validation losses of the base model, step 0.
+        record: `record()` of an earlier process; what the files say beyond its step is forgotten.
     """
 
     def __init__(
-        self, paths: TrialPaths, tracker: Tracker, progress: Progress, base_losses: pd.DataFrame
+        self,
+        paths: TrialPaths,
+        tracker: Tracker,
+        progress: Progress,
+        base_losses: pd.DataFrame,
+        record: Mapping[str, Any] | None = None,
     ):
         self.paths, self.tracker, self.progress = paths, tracker, progress
-        self.started = time.monotonic()
         self.num_steps = 0
         self.tokens = 0
+        self.train_time_s = 0.0
         self.train_loss: float | None = None
         self.base_loss = mean_loss(base_losses)
         self.last_loss: float | None = None
         self.best_step: int | None = None
         self.best_loss = math.inf
         paths.root.mkdir(parents=True, exist_ok=True)
+        if record is not None:
+            vars(self).update({name: record[name] for name in _RECORD})
+            self.best_loss = math.inf if self.best_loss is None else self.best_loss
+            _forget_after(paths.metrics, self.num_steps)
+            progress.resumed(self.num_steps)
         self.file = open(paths.metrics, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
-        write_atomic(paths.eval_losses(0), base_losses.to_parquet)
-        self._log(0, {"eval/loss": self.base_loss})
+        if record is None:
+            write_atomic(paths.eval_losses(0), base_losses.to_parquet)
+            self._log(0, {"eval/loss": self.base_loss})
+
+    def record(self) -> dict[str, Any]:
+        """What a process that continues the trial has to know; its values fit into JSON."""
+        return {name: getattr(self, name) for name in _RECORD} | {
+            "best_loss": _finite(self.best_loss)
+        }
 
     def log_step(
         self,
@@ -63,7 +94,7 @@ class TrialRecorder:
             train_loss: of this step's batch, nats a supervised token.
             learning_rate: that the step used.
             num_tokens: in the step's sequences, padding not counted.
-            step_time_s: seconds that the step took.
+            step_time_s: seconds that the step took, pack-mates included.
             grad_norm: before clipping; None where nothing measures it.
         """
         self.num_steps, self.train_loss = step, train_loss
@@ -100,7 +131,7 @@ class TrialRecorder:
             "last_eval/loss": _finite(self.last_loss),
             "train/loss": _finite(self.train_loss),
             "num_steps": self.num_steps,
-            "train_time_s": round(time.monotonic() - self.started, 3),
+            "train_time_s": round(self.train_time_s, 3),
             "tokens": self.tokens,
             "forked_from": None,
             "steps_saved": 0,
@@ -116,6 +147,46 @@ class TrialRecorder:
         line = {"step": step, "time": round(time.time(), 3), **values}
         self.file.write(json.dumps(line, allow_nan=False) + "\n")
         self.tracker.log(step, metrics)
+
+
+def begin_trial(
+    config: TrialConfig, paths: TrialPaths, info: Mapping[str, Any] | None, engine: str
+) -> None:
+    """Writes config.json, before anything can fail."""
+    info = info or {"number": 0, "name": paths.root.name, "params": {}, "retry_of": None}
+    write_json(paths.config, {"settings": config.to_dict(), "engine": engine, **info})
+
+
+def end_with_fault(error: BaseException, paths: TrialPaths, tracker: Tracker | None) -> None:
+    """Writes result.json and trial.log for a trial that a fault has ended.
+
+    After Ctrl-C and on a full disk there is no result, so that the trial counts as unfinished.
+    """
+    if is_disk_full(error) or not isinstance(error, Exception):
+        result = {"state": "interrupted"}
+    else:
+        reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+        result = {"state": "failed", "reason": reason}
+        write_text(paths.log, "".join(traceback.format_exception(error)))
+        write_json(paths.result, result)
+    if tracker is not None:
+        tracker.finish(result)
+
+
+def is_disk_full(error: BaseException) -> bool:
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def _forget_after(path: Path, step: int) -> None:
+    """Drops the lines of a metrics.jsonl that are torn or belong to later steps."""
+    kept = []
+    for line in path.read_text("utf-8").splitlines() if path.is_file() else []:
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError, TypeError):
+            continue
+    write_text(path, "".join(kept))
 
 
 def _finite(value: float | None) -> float | None:

@@ -4,21 +4,24 @@ config.json first, then data, base model, training with evaluations, and the res
 without a result is a trial that has not ended.
 """
 
-import errno
+import contextlib
 import os
 import shutil
 import sys
 import time
-import traceback
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from training.cli import make_parser, parse, run_command
 from training.config import TrialConfig
 from training.exceptions import SweepError
-from training.paths import TrialPaths, read_json, write_json, write_text
-from training.tracking import ReportTo, Tracker, make_tracker
+from training.job import Engine, Job, JobOptions, Outcome
+from training.paths import TrialPaths, read_json
+from training.tracking import ReportTo
 
 PROJECT = "loraloom"
 
@@ -44,18 +47,29 @@ class RunOptions:
         default="wandb", metadata={"help": "Tracker, besides the files that are always written."}
     )
     project: str = field(default=PROJECT, metadata={"help": "W&B project."})
+    engine: Engine = field(
+        default="packed",
+        metadata={"help": "packed, or trl: SFTTrainer, the slower reference for every model."},
+    )
 
 
 def main() -> None:
     config, options = parse(make_parser("training.run", _DESCRIPTION, [TrialConfig, RunOptions]))
     config.check("--")
     paths = TrialPaths(Path(options.output_dir or _default_directory()))
-    result = _known_result(config, paths)
-    if result is None:
-        print(f"trial {paths.root}", flush=True)
-        result = run_trial(config, paths, report_to=options.report_to, project=options.project)
-    else:
-        print(f"{paths.root}: is trained already")
+    with _locked(paths):
+        result = _known_result(config, paths)
+        if result is None:
+            print(f"trial {paths.root} (to continue it: --output_dir {paths.root})", flush=True)
+            result = run_trial(
+                config,
+                paths,
+                report_to=options.report_to,
+                project=options.project,
+                engine=options.engine,
+            )
+        else:
+            print(f"{paths.root}: is trained already")
     if result["state"] == "failed":
         print(f"failed: {result['reason']}", file=sys.stderr)
         sys.exit(1)
@@ -74,17 +88,19 @@ def run_trial(
     report_to: ReportTo = "wandb",
     group: str | None = None,
     project: str = PROJECT,
+    engine: Engine = "packed",
 ) -> dict[str, Any]:
     """Trains one trial and writes its directory.
 
     Args:
         config: the trial's settings.
-        paths: its directory; what an earlier attempt left there should be gone.
+        paths: its directory; the packed engine goes on from the state that an earlier attempt left there.
         info: more for config.json: `number`, `name`, `params` (what the sweep varies), `retry_of`,
             `sweep`.
         report_to: tracker besides the local files.
         group: W&B's group, the sweep's name.
         project: W&B's project.
+        engine: `packed`, or `trl` for the reference.
 
     Returns:
         The content of result.json; `state` is `complete`, or `failed` if a loss was not finite.
@@ -94,82 +110,96 @@ def run_trial(
         Exception: any other fault; both are in result.json and trial.log as well. A full disk and
             Ctrl-C leave no result.json, so that the trial counts as unfinished.
     """
-    info = info or {"number": 0, "name": paths.root.name, "params": {}, "retry_of": None}
-    write_json(paths.config, {"settings": config.to_dict(), "engine": "trl", **info})
-    tracker: Tracker | None = None
-    try:
-        from training.prepared import prepare  # torch and transformers take seconds to import
+    outcomes: list[Any] = []
+    jobs = [Job(config=config, paths=paths, info=info)]
+    options = JobOptions(slots=1, report_to=report_to, group=group, project=project)
+    run_jobs(
+        lambda: jobs.pop() if jobs else None,
+        lambda _, outcome: outcomes.append(outcome),
+        engine=engine,
+        options=options,
+    )
+    (outcome,) = outcomes
+    if isinstance(outcome, Exception):
+        raise outcome
+    return outcome
 
-        prepared = prepare(config)
-        tracker = make_tracker(
-            report_to,
-            paths.root,
-            group=group,
-            name=info["name"],
-            config=config.to_dict(),
-            project=project,
-        )
-        result = _train(config, paths, prepared, tracker)
-    except BaseException as error:
+
+def run_jobs(
+    next_job: Callable[[], Job | None],
+    done: Callable[[Job, Outcome], None],
+    *,
+    engine: Engine,
+    options: JobOptions,
+) -> None:
+    """Trains until `next_job` has nothing: in one pack, or through TRL one trial after the other.
+
+    Args:
+        next_job: the next trial, or None while there is none; it is asked again after each `done`.
+        done: what became of a trial. An exception that it raises ends the run; the trials in flight are
+            left unfinished.
+        engine: `packed` or `trl`.
+        options: slots, tracker, terminal.
+    """
+    try:
+        if engine == "packed":
+            from training.pack import run_pack  # torch and transformers take seconds to import
+
+            run_pack(next_job, done, options)
+            return
+        from training.trl_engine import run_with_trl
+
+        while (job := next_job()) is not None:
+            run_with_trl(job, done, options)
+    except BaseException:
         _forget()
-        _record_fault(error, paths, tracker)
         raise
-    write_json(paths.result, result)
-    tracker.finish(result)
-    return result
-
-
-def _train(config: TrialConfig, paths: TrialPaths, prepared: Any, tracker: Tracker) -> dict:
-    from training.progress import Progress
-    from training.recorder import TrialRecorder
-    from training.trl_engine import train_with_trl
-
-    recorder = TrialRecorder(paths, tracker, Progress(config.max_steps), prepared.base_losses)
-    try:
-        failure = train_with_trl(config, prepared, paths, recorder)
-        state = "failed" if failure else "complete"
-        return {**recorder.result(state, failure), **prepared.splits.hashes}
-    finally:
-        recorder.close()
-        shutil.rmtree(paths.state, ignore_errors=True)
-
-
-def _record_fault(error: BaseException, paths: TrialPaths, tracker: Tracker | None) -> None:
-    is_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    if is_full or not isinstance(error, Exception):
-        result = {"state": "interrupted"}
-    else:
-        reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
-        result = {"state": "failed", "reason": reason}
-        write_text(paths.log, "".join(traceback.format_exception(error)))
-        write_json(paths.result, result)
-    if tracker is not None:
-        tracker.finish(result)
 
 
 def _forget() -> None:
-    from training.prepared import forget
-
-    forget()
+    """After a fault the base model may not be what it was."""
+    prepared = sys.modules.get("training.prepared")
+    if prepared is not None and hasattr(prepared, "forget"):
+        prepared.forget()
 
 
 def _default_directory() -> str:
     # Under `wandb agent` several machines may start in the same second.
-    name = os.environ.get("WANDB_RUN_ID") or time.strftime("%Y%m%d-%H%M%S")
+    name = os.environ.get("WANDB_RUN_ID") or f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
     return os.path.join("runs", "trials", name)
 
 
+@contextlib.contextmanager
+def _locked(paths: TrialPaths) -> Iterator[None]:
+    """Two processes in one directory would mix their files."""
+    lock = paths.root.with_name(f".{paths.root.name}.lock")
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(lock, timeout=0):
+            yield
+    except Timeout:
+        raise SweepError(
+            f"--output_dir is {paths.root}, in which another process is training"
+        ) from None
+
+
 def _known_result(config: TrialConfig, paths: TrialPaths) -> dict[str, Any] | None:
-    """The result, if this very trial has ended; an unfinished or failed one is cleared away.
+    """The result, if this very trial has ended; a failed one is cleared away.
 
     Raises:
         SweepError: the directory holds something else.
     """
-    if not paths.root.exists() or (paths.root.is_dir() and not any(paths.root.iterdir())):
+    if paths.root.exists() and not paths.root.is_dir():
+        raise SweepError(f"--output_dir is {paths.root}, which is a file, but must be a directory")
+    # What begins with a dot is a draft that a killed process left.
+    if not paths.root.exists() or all(path.name[0] == "." for path in paths.root.iterdir()):
         return None
-    if not paths.config.is_file():
-        raise SweepError(f"--output_dir is {paths.root}, which has files, but is not a trial's")
-    settings = read_json(paths.config)["settings"]
+    try:
+        settings = read_json(paths.config)["settings"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise SweepError(
+            f"--output_dir is {paths.root}, which has files, but is not a trial's"
+        ) from None
     for name, value in config.to_dict().items():
         if settings.get(name) != value:
             raise SweepError(
@@ -180,7 +210,7 @@ def _known_result(config: TrialConfig, paths: TrialPaths) -> dict[str, Any] | No
         result = read_json(paths.result)
         if result["state"] == "complete":
             return result
-    shutil.rmtree(paths.root)
+        shutil.rmtree(paths.root)
     return None
 
 

@@ -5,25 +5,77 @@ The trainer gets tokenised data, so that the labels are ours; everything else of
 
 import contextlib
 import math
+import shutil
 import time
-import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import transformers
-from peft import LoraConfig
 from transformers import TrainerCallback
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
 from training.config import TrialConfig
+from training.engine import lora_config
 from training.evaluate import example_losses, mean_loss
-from training.paths import TrialPaths
-from training.prepared import Prepared
-from training.recorder import TrialRecorder
+from training.exceptions import ModelError, nearest
+from training.job import Job, JobOptions, Outcome
+from training.packed_lora import known_warnings
+from training.paths import TrialPaths, write_json
+from training.prepared import Prepared, forget, prepare
+from training.progress import Display
+from training.recorder import TrialRecorder, begin_trial, end_with_fault, is_disk_full
+from training.schedules import scheduler_kwargs
+from training.tracking import Tracker, make_tracker
 
 ENGINE = "trl"
+
+
+def run_with_trl(job: Job, done: Callable[[Job, Outcome], None], options: JobOptions) -> None:
+    """One trial from settings to result.json; `done` as for `training.run.run_jobs`."""
+    tracker: Tracker | None = None
+    shutil.rmtree(job.paths.root, ignore_errors=True)  # this engine cannot go on where it was
+    begin_trial(job.config, job.paths, job.info, ENGINE)
+    try:
+        prepared = prepare(job.config)
+        tracker = make_tracker(
+            options.report_to,
+            job.paths.root,
+            group=options.group,
+            name=job.name,
+            config=job.config.to_dict(),
+            project=options.project,
+        )
+        result = _train(job, prepared, tracker, options)
+    except BaseException as error:
+        end_with_fault(error, job.paths, tracker)
+        if is_disk_full(error) or not isinstance(error, Exception):
+            raise
+        forget()  # the model may not be what it was
+        done(job, error)
+        return
+    write_json(job.paths.result, result)
+    tracker.finish(result)
+    done(job, result)
+
+
+def _train(job: Job, prepared: Prepared, tracker: Tracker, options: JobOptions) -> dict[str, Any]:
+    config, started = job.config, time.monotonic()
+    losses = example_losses(
+        prepared.model, prepared.splits.validation, config.per_device_eval_batch_size
+    )
+    with Display(options.console) as display:
+        progress = display.add(job.label, config.max_steps)
+        recorder = TrialRecorder(job.paths, tracker, progress, losses)
+        try:
+            failure = train_with_trl(config, prepared, job.paths, recorder)
+            recorder.train_time_s = time.monotonic() - started
+            state = "failed" if failure else "complete"
+            return {**recorder.result(state, failure), **prepared.splits.hashes}
+        finally:
+            recorder.close()
+            shutil.rmtree(job.paths.state, ignore_errors=True)
 
 
 def train_with_trl(
@@ -34,11 +86,16 @@ def train_with_trl(
     Returns:
         Why the trial failed (a loss that is not finite), or None.
     """
-    with _base_model_restored(prepared.model), _known_warnings():
+    with _base_model_restored(prepared.model), known_warnings():
         callback = _RecordingCallback(config, prepared, recorder)
+        _check_targets(config, prepared.model)
+        args = sft_config(config, paths, prepared.model)
+        # The trial is one GPU's: with several visible, Trainer would multiply the batch by their number.
+        _ = args.device
+        args._n_gpu = min(1, args._n_gpu)
         trainer = SFTTrainer(
             model=prepared.model,
-            args=sft_config(config, paths, prepared.model),
+            args=args,
             train_dataset=prepared.splits.train.select_columns(["input_ids", "labels"]),
             processing_class=prepared.tokenizer,
             peft_config=lora_config(config),
@@ -46,26 +103,18 @@ def train_with_trl(
         )
         trainer.remove_callback(transformers.PrinterCallback)
         trainer.remove_callback(transformers.trainer_callback.ProgressCallback)
-        callback.model = trainer.model
+        callback.model = adapted = trainer.model
+        assert adapted is not None
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                # On a 4-bit base TRL rounds the adapter to bfloat16, which loses small updates.
+                parameter.data = parameter.data.float()
         try:
             trainer.train()
         finally:
             callback.model.unload()
             callback.model = None
     return callback.failure
-
-
-def lora_config(config: TrialConfig) -> LoraConfig:
-    """PEFT's configuration of the trial's adapter."""
-    targets = config.lora_target_modules
-    return LoraConfig(
-        r=config.lora_r,
-        lora_alpha=config.lora_alpha,  # pyright: ignore[reportArgumentType] - any number works
-        lora_dropout=config.lora_dropout,
-        target_modules="all-linear" if targets == ["all-linear"] else targets,
-        use_rslora=config.use_rslora,
-        task_type="CAUSAL_LM",
-    )
 
 
 def sft_config(config: TrialConfig, paths: TrialPaths, model: Any) -> SFTConfig:
@@ -75,6 +124,7 @@ def sft_config(config: TrialConfig, paths: TrialPaths, model: Any) -> SFTConfig:
         max_steps=config.max_steps,
         learning_rate=config.learning_rate,
         lr_scheduler_type=config.lr_scheduler_type,
+        lr_scheduler_kwargs=scheduler_kwargs(config),
         warmup_steps=config.warmup_steps,
         per_device_train_batch_size=config.per_device_train_batch_size,
         gradient_accumulation_steps=config.gradient_accumulation_steps,
@@ -86,6 +136,7 @@ def sft_config(config: TrialConfig, paths: TrialPaths, model: Any) -> SFTConfig:
         gradient_checkpointing=config.gradient_checkpointing,
         seed=config.seed,
         bf16=model.dtype == torch.bfloat16,
+        use_cpu=model.device.type == "cpu",
         max_length=None,  # the examples are cut already
         packing=False,
         logging_steps=1,
@@ -96,6 +147,20 @@ def sft_config(config: TrialConfig, paths: TrialPaths, model: Any) -> SFTConfig:
         disable_tqdm=True,
         dataloader_pin_memory=model.device.type == "cuda",
     )
+
+
+def _check_targets(config: TrialConfig, model: Any) -> None:
+    """PEFT takes no notice of a name that matches nothing as long as another one matches."""
+    if config.lora_target_modules == ["all-linear"]:
+        return
+    names = [name for name, _ in model.named_modules()]
+    for target in config.lora_target_modules:
+        if not any(name == target or name.endswith(f".{target}") for name in names):
+            leaves = sorted({name.rsplit(".", 1)[-1] for name in names if name})
+            raise ModelError(
+                f"lora_target_modules names {target!r}, but {type(model).__name__} has no such layer"
+                f"{nearest(target, leaves)}"
+            )
 
 
 class _RecordingCallback(TrainerCallback):
@@ -168,13 +233,3 @@ def _base_model_restored(model: Any) -> Iterator[None]:
             model.gradient_checkpointing_disable()
         model.eval()
         model.requires_grad_(False)
-
-
-@contextlib.contextmanager
-def _known_warnings() -> Iterator[None]:
-    with warnings.catch_warnings():
-        # PEFT 0.21 and TRL 1.16 still use the names that Transformers 5.23 has given up.
-        warnings.filterwarnings(
-            "ignore", message=".*gradient_checkpointing.*", category=FutureWarning
-        )
-        yield

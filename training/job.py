@@ -1,0 +1,54 @@
+"""What a queue of trials is made of: a `Job` goes in, an `Outcome` comes out, `JobOptions` hold for all.
+
+Light to import, so that a command that decides what to train need not load what trains it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from training.config import TrialConfig
+from training.paths import TrialPaths
+from training.tracking import ReportTo
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from training.checkpoint import SavedState
+
+Engine = Literal["packed", "trl"]
+
+Outcome = dict[str, Any] | Exception
+"""result.json's content, or the fault that ended the trial."""
+
+
+@dataclass(kw_only=True)
+class Job:
+    """One trial to train."""
+
+    config: TrialConfig
+    paths: TrialPaths
+    info: dict[str, Any] | None = None
+    """More for config.json: `number`, `name`, `params`, `retry_of`, `sweep`."""
+    label: str = ""
+    """Stands before its lines on the terminal."""
+    state: SavedState | None = None
+    """Where it goes on, if it has begun."""
+
+    @property
+    def name(self) -> str:
+        return (self.info or {}).get("name", self.paths.root.name)
+
+
+@dataclass(kw_only=True)
+class JobOptions:
+    """How trials are run."""
+
+    slots: int = 0
+    """Most trials at once; 0 is as many as memory and device make sense of."""
+    report_to: ReportTo = "wandb"
+    group: str | None = None
+    """W&B's group: the sweep's name."""
+    project: str = "loraloom"
+    console: Console | None = None

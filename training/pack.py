@@ -1,0 +1,305 @@
+"""Trains a queue of trials, several at once in one pack, each into its own directory.
+
+`run_pack(next_job, done)` asks `next_job` for a trial whenever a slot is free and tells `done` how each one
+ended. After every evaluation a trial's state is saved, so that a killed process loses no more than the steps
+since then: the same job again goes on from there. Out of memory, the youngest trial gives up its slot and
+continues, from its last step, when another one has ended.
+"""
+
+import collections
+import contextlib
+import math
+import shutil
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import pandas as pd
+import torch
+
+from training.checkpoint import SavedState, capture, load_state, restore, save_state
+from training.config import TrialConfig
+from training.engine import ENGINE, PackedEngine
+from training.evaluate import mean_loss
+from training.exceptions import ModelError
+from training.job import Job, JobOptions, Outcome
+from training.paths import write_json
+from training.planner import describe_plan, plan_slots
+from training.prepared import Prepared, model_key, prepare
+from training.progress import Display
+from training.recorder import TrialRecorder, begin_trial, end_with_fault, is_disk_full
+from training.tracking import Tracker, make_tracker
+from training.trial import StepResult, TrialState
+
+
+def run_pack(
+    next_job: Callable[[], Job | None],
+    done: Callable[[Job, Outcome], None],
+    options: JobOptions,
+) -> None:
+    """Trains until `next_job` has nothing and every slot is empty.
+
+    Args:
+        next_job: the next trial, or None while there is none; it is asked again after each `done`.
+        done: what became of a trial. An exception that it raises ends the pack: the trials in flight keep
+            their state, and the same jobs go on from there.
+        options: slots, tracker and terminal.
+    """
+    with Display(options.console) as display:
+        pack = _Pack(next_job, done, options, display)
+        try:
+            pack.run()
+        finally:
+            pack.close()
+
+
+@dataclass(kw_only=True)
+class _Slot:
+    """A trial in the pack and all that goes with it."""
+
+    job: Job
+    prepared: Prepared
+    trial: TrialState
+    recorder: TrialRecorder
+    tracker: Tracker
+
+
+@dataclass
+class _Pack:
+    next_job: Callable[[], Job | None]
+    done: Callable[[Job, Outcome], None]
+    options: JobOptions
+    display: Display
+    slots: list[_Slot] = field(default_factory=list)
+    """The oldest trial first."""
+    waiting: collections.deque[Job] = field(default_factory=collections.deque)
+    """Trials that gave up their slot, or that need another base model than the pack's."""
+    engine: PackedEngine | None = None
+    model_key: str = ""
+    num_slots: int = 0
+    base_losses: dict[str, pd.DataFrame] = field(default_factory=dict)
+    number: int = 0
+    """Of the next adapter."""
+
+    def run(self) -> None:
+        while True:
+            self._fill()
+            if not self.slots:
+                if not self.waiting:
+                    return
+                self._close_engine()  # what waits needs another base model
+                continue
+            self._step()
+
+    def close(self) -> None:
+        """Leaves the trials that are still training as unfinished ones."""
+        for slot in self.slots:
+            slot.recorder.close()
+            slot.tracker.finish({"state": "interrupted"})
+        self.slots.clear()
+        self._close_engine()
+
+    def _fill(self) -> None:
+        """Gives free slots to trials; asks for one more only when it can begin."""
+        while not self.num_slots or len(self.slots) < self.num_slots:
+            job = self._next()
+            if job is None:
+                return
+            try:
+                self._admit(job)
+            except Exception as error:
+                if is_disk_full(error):
+                    raise
+                self.done(job, error)
+
+    def _next(self) -> Job | None:
+        for job in self.waiting:
+            if not self.slots or model_key(job.config) == self.model_key:
+                self.waiting.remove(job)
+                return job
+        # One trial of another base model waits until the pack is empty; more would only pile up.
+        job = None if self.waiting and self.model_key else self.next_job()
+        if job is not None and self.slots and model_key(job.config) != self.model_key:
+            self.waiting.append(job)
+            return None
+        return job
+
+    def _admit(self, job: Job) -> None:
+        state = job.state or _saved(job)
+        if state is None:
+            shutil.rmtree(job.paths.root, ignore_errors=True)  # what a killed process had begun
+        begin_trial(job.config, job.paths, job.info, ENGINE)
+        tracker: Tracker | None = None
+        trial: TrialState | None = None
+        try:
+            prepared = prepare(job.config)
+            engine = self._engine(prepared, job.config)
+            self.number += 1
+            trial = engine.admit(job.config, prepared.train, f"trial{self.number}")
+            if state is not None:
+                restore(trial, state)
+            tracker = make_tracker(
+                self.options.report_to,
+                job.paths.root,
+                group=self.options.group,
+                name=job.name,
+                config=job.config.to_dict(),
+                project=self.options.project,
+            )
+            recorder = TrialRecorder(
+                job.paths,
+                tracker,
+                self.display.add(job.label, job.config.max_steps),
+                self._base_losses(prepared),
+                state.record if state else None,
+            )
+        except BaseException as error:
+            if trial is not None:
+                with contextlib.suppress(ValueError):  # it may not have come as far as that
+                    self.engine.retire(trial)  # pyright: ignore[reportOptionalMemberAccess]
+            end_with_fault(error, job.paths, tracker)
+            raise
+        self.slots.append(
+            _Slot(job=job, prepared=prepared, trial=trial, recorder=recorder, tracker=tracker)
+        )
+
+    def _engine(self, prepared: Prepared, config: TrialConfig) -> PackedEngine:
+        if self.engine is not None and self.model_key != prepared.model_key:
+            self._close_engine()
+        if self.engine is None:
+            self.engine = PackedEngine(prepared.model)
+            self.model_key = prepared.model_key
+            plan = plan_slots(self.engine, config, prepared.train)
+            self.num_slots = self.options.slots or plan.slots
+            self.display.console.print(f"  {describe_plan(plan, self.num_slots)}")
+        return self.engine
+
+    def _close_engine(self) -> None:
+        if self.engine is not None:
+            self.engine.close()
+        self.engine, self.model_key, self.num_slots = None, "", 0
+        self.base_losses.clear()
+
+    def _base_losses(self, prepared: Prepared) -> pd.DataFrame:
+        key = prepared.data_key
+        if key not in self.base_losses:
+            assert self.engine is not None
+            self.base_losses[key] = self.engine.evaluate(None, prepared.validation)
+        return self.base_losses[key]
+
+    def _step(self) -> None:
+        assert self.engine is not None
+        started = time.perf_counter()
+        num_tokens = {id(slot.trial): slot.trial.num_tokens for slot in self.slots}
+        try:
+            results = self.engine.step()
+        except torch.OutOfMemoryError as error:
+            self._shrink(error)
+            return
+        time_s = time.perf_counter() - started
+        taken = {id(trial): result for trial, result in results}
+        for slot in self.slots:
+            result = taken.get(id(slot.trial))
+            after = result.num_tokens if result else slot.trial.num_tokens
+            num_tokens[id(slot.trial)] = after - num_tokens[id(slot.trial)]
+        total = sum(num_tokens.values())
+        for slot in list(self.slots):
+            # The pack's time is shared out by tokens: the trials' times add up to the pack's.
+            slot.recorder.train_time_s += time_s * num_tokens[id(slot.trial)] / total
+            result = taken.get(id(slot.trial))
+            if result is not None:
+                self._guard(
+                    slot, lambda slot=slot, result=result: self._record(slot, result, time_s)
+                )
+
+    def _record(self, slot: _Slot, result: StepResult, time_s: float) -> None:
+        """Keeps a step, evaluates where one is due, and ends the trial where it ends."""
+        slot.recorder.log_step(
+            result.step,
+            train_loss=result.train_loss,
+            learning_rate=result.learning_rate,
+            num_tokens=result.num_tokens,
+            step_time_s=time_s,
+            grad_norm=result.grad_norm,
+        )
+        config = slot.job.config
+        if not math.isfinite(result.train_loss):
+            self._end(slot, f"train/loss is {result.train_loss} at step {result.step}")
+        elif result.step % config.eval_steps == 0 or slot.trial.is_done:
+            loss = self._evaluate(slot)
+            if not math.isfinite(loss):
+                self._end(slot, f"eval/loss is not finite at step {result.step}")
+            elif slot.trial.is_done:
+                self._end(slot, None)
+            else:
+                save_state(capture(slot.trial, slot.recorder.record()), slot.job.paths.state)
+
+    def _evaluate(self, slot: _Slot) -> float:
+        assert self.engine is not None
+        started = time.perf_counter()
+        lora, name = self.engine.lora, slot.trial.adapter.name
+        losses = self.engine.evaluate(slot.trial, slot.prepared.validation)
+        slot.recorder.train_time_s += time.perf_counter() - started
+        slot.recorder.log_eval(slot.trial.step, losses, lambda path: lora.save(name, path))
+        return mean_loss(losses)
+
+    def _end(self, slot: _Slot, failure: str | None) -> None:
+        """Writes the result; the slot is free for another trial."""
+        state = "failed" if failure else "complete"
+        result = {**slot.recorder.result(state, failure), **slot.prepared.splits.hashes}
+        self._leave(slot)
+        write_json(slot.job.paths.result, result)
+        shutil.rmtree(slot.job.paths.state, ignore_errors=True)
+        slot.tracker.finish(result)
+        self.done(slot.job, result)
+
+    def _guard(self, slot: _Slot, work: Callable[[], None]) -> None:
+        """A fault that is one trial's own ends that trial, and its pack-mates go on."""
+        try:
+            work()
+        except Exception as error:
+            if slot not in self.slots or is_disk_full(error):
+                raise  # it came from `done`, or every trial would meet it
+            self._leave(slot)
+            end_with_fault(error, slot.job.paths, slot.tracker)
+            self.done(slot.job, error)
+
+    def _leave(self, slot: _Slot) -> None:
+        assert self.engine is not None
+        self.slots.remove(slot)
+        slot.recorder.close()
+        self.engine.retire(slot.trial)
+
+    def _shrink(self, error: torch.OutOfMemoryError) -> None:
+        """Takes the youngest trial out of the pack; it waits for a slot with its state."""
+        torch.cuda.empty_cache()
+        youngest = self.slots[-1]
+        if len(self.slots) == 1:
+            reason = (
+                "out of memory with one trial: lower per_device_train_batch_size or max_length, or set "
+                "gradient_checkpointing or load_in_4bit"
+            )
+            self._guard(youngest, lambda: _raise(ModelError(reason), error))
+            return
+        self.num_slots = len(self.slots) - 1
+        warnings.warn(
+            f"out of memory with {len(self.slots)} trials: going on with {self.num_slots}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        job = youngest.job
+        job.state = capture(youngest.trial, youngest.recorder.record())
+        self._leave(youngest)
+        youngest.tracker.finish({"state": "interrupted"})
+        self.waiting.appendleft(job)
+
+
+def _saved(job: Job) -> SavedState | None:
+    """The state that an earlier process left, if it is of these settings."""
+    state = load_state(job.paths.state)
+    return state if state is not None and state.settings == job.config.to_dict() else None
+
+
+def _raise(error: Exception, cause: Exception) -> None:
+    raise error from cause
