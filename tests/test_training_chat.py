@@ -44,6 +44,31 @@ def test_the_tokens_are_those_of_the_models_own_template(tokenizer: Any) -> None
     assert ids == tokenizer.apply_chat_template(TALK, tokenize=True)["input_ids"]
 
 
+def test_a_template_that_prints_todays_date_gives_the_same_tokens_every_day(tokenizer: Any) -> None:
+    llamas = (
+        "{%- if not date_string is defined %}\n    {%- if strftime_now is defined %}\n"
+        '        {%- set date_string = strftime_now("%d %b %Y") %}\n    {%- else %}\n'
+        '        {%- set date_string = "never" %}\n    {%- endif %}\n{%- endif %}\n'
+        '{{- "Today: " + date_string + "\\n" }}\n'
+    )
+    gpt_oss = (
+        '{%- macro system() %}{{ "Current date: " + strftime_now("%Y-%m-%d") + "\\n" }}'
+        "{%- endmacro %}{{ system() }}"
+    )
+    undated = ChatRenderer(tokenizer, [tokenizer.eos_token]).render(TALK, "x").text
+    tokenizer.chat_template = llamas + gpt_oss + tokenizer.chat_template
+    rendered = ChatRenderer(tokenizer, [tokenizer.eos_token]).render(TALK, "x")
+    assert rendered.text == "Today: 26 Jul 2024\nCurrent date: 2024-07-26\n" + undated
+
+
+def test_a_fixed_date_leaves_the_rest_of_a_template_as_it_is(tokenizer: Any) -> None:
+    for start in ("\n", "  {% if true %} a{% endif %}\n", " b "):
+        template = start + tokenizer.chat_template
+        tokenizer.chat_template = template + "{% if false %}{{ strftime_now('%Y') }}{% endif %}"
+        text = ChatRenderer(tokenizer, [tokenizer.eos_token]).render(TALK, "x").text
+        assert text == tokenizer.apply_chat_template(TALK, tokenize=False)
+
+
 def test_labels_equal_trls_assistant_mask(tokenizer: Any) -> None:
     """TRL's mask comes from generation markers, which the demo model's template has to be given."""
     marked = tokenizer.chat_template.replace(

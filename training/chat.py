@@ -7,6 +7,7 @@ model learns to stop. Plain text (`training.formats.PLAIN_TEXT`) is trained whol
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,19 @@ from training.formats import PLAIN_TEXT, Messages
 
 IGNORE = -100
 """Label of a token that is not supervised, as in PyTorch's cross-entropy."""
+
+_DATE = datetime(2024, 7, 26)  # the day that Llama 3's template takes where it can ask for none
+_DIRECTIVES = "A a B b d -d H I j M m -m p S Y y".split()
+
+# Templates such as Llama 3.2's and gpt-oss's write today's date: the same data would have other tokens,
+# and another hash, every day, and no sweep could be promoted tomorrow. Transformers gives a template
+# texts only, never a function of ours, so the fixed date is a macro in front of the template, which
+# hides the function of that name. Its line break is the one that `trim_blocks` takes away.
+_FIXED_DATE = (
+    "{% macro strftime_now(format) %}{{ format"
+    + "".join(f"|replace('%{code}', '{_DATE.strftime('%' + code)}')" for code in _DIRECTIVES)
+    + " }}{% endmacro %}\n"
+)
 
 Span = tuple[int, int]
 
@@ -98,9 +112,12 @@ class ChatRenderer:
 
     def _apply(self, messages: Messages, where: str, *, add_generation_prompt: bool = False) -> str:
         try:
+            template = self.tokenizer.get_chat_template(self.template)
+            if "strftime_now" in template:
+                template = _FIXED_DATE + template
             text = self.tokenizer.apply_chat_template(
                 messages,
-                chat_template=self.template,
+                chat_template=template,
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
             )
