@@ -5,11 +5,14 @@
 temporary file in the same directory, fsync, rename.
 """
 
+import contextlib
+import errno
 import json
 import os
+import re
 import shutil
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -168,9 +171,9 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     try:
-        write(temporary)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
+        with _full_disk_is_an_os_error(path):
+            write(temporary)
+        _fsync(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -192,12 +195,17 @@ def write_directory(path: Path, write: Callable[[Path], None]) -> None:
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     temporary.mkdir()
     try:
-        write(temporary)
+        with _full_disk_is_an_os_error(path):
+            write(temporary)
+        for directory, _, names in os.walk(temporary):
+            for name in [*names, "."]:
+                _fsync(Path(directory, name))
         old = path.with_name(f".{path.name}.old")
         shutil.rmtree(old, ignore_errors=True)
         if path.exists():
             os.replace(path, old)
         os.replace(temporary, path)
+        _fsync(path.parent)  # the new one has its name on the disk before the old one is deleted
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -209,3 +217,28 @@ def read_json(path: Path) -> Any:
 
 def _write_utf8(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8", newline="\n")
+
+
+def _fsync(path: Path) -> None:
+    """Waits until the file's bytes, or the directory's entries, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # not to be had on some network disks
+            raise
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _full_disk_is_an_os_error(path: Path) -> Iterator[None]:
+    """safetensors says in words alone that the disk is full; told by name, it need not be imported."""
+    try:
+        yield
+    except Exception as error:
+        code = re.search(r"os error (\d+)", str(error))
+        is_full = code is not None and int(code[1]) in (errno.ENOSPC, errno.EDQUOT)
+        if type(error).__name__ != "SafetensorError" or not is_full:
+            raise
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
