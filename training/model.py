@@ -6,7 +6,7 @@
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any, cast
@@ -14,6 +14,7 @@ from typing import Any, cast
 import torch
 import transformers
 from filelock import FileLock
+from safetensors import SafetensorError
 from tokenizers import pre_tokenizers
 from transformers import (
     AutoConfig,
@@ -83,15 +84,18 @@ def load_model(config: TrialConfig) -> PreTrainedModel:
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
         )
     with _named_errors(config), _quiet_loading():
-        model = AutoModelForCausalLM.from_pretrained(
+        model, info = cast(Any, AutoModelForCausalLM).from_pretrained(
             source,
             revision=config.model_revision,
             trust_remote_code=config.trust_remote_code,
             dtype=dtype,
             device_map={"": find_device()},
             use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported below, in one line
             **arguments,
         )
+    _check_loading(config, info)
     if config.load_in_4bit:
         # On CPUs with AVX512-BF16, bitsandbytes 0.50 repacks a weight at its first use without
         # gradient, and the product has no backward from then on: an evaluation would end training.
@@ -113,11 +117,21 @@ def find_device() -> torch.device:
 
 
 def resolve_dtype(config: TrialConfig) -> torch.dtype:
-    """`dtype`, with `auto` as bfloat16 on a GPU that computes in it and float32 elsewhere."""
-    if config.dtype != "auto":
-        return getattr(torch, config.dtype)
-    on_gpu = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.bfloat16 if on_gpu else torch.float32
+    """`dtype`, with `auto` as bfloat16 on a GPU that computes in it and float32 elsewhere.
+
+    Raises:
+        ModelError: `dtype` is bfloat16, but the GPU does not compute in it.
+    """
+    on_gpu = torch.cuda.is_available()
+    has_bfloat16 = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+    if config.dtype == "auto":
+        return torch.bfloat16 if has_bfloat16 else torch.float32
+    if config.dtype == "bfloat16" and on_gpu and not has_bfloat16:
+        raise ModelError(
+            "dtype is bfloat16, but must be auto or float32 on a GPU without bfloat16, as the "
+            f"{torch.cuda.get_device_name(find_device())} is"
+        )
+    return getattr(torch, config.dtype)
 
 
 def end_token_ids(tokenizer: PreTrainedTokenizerBase, model_path: str) -> set[int]:
@@ -203,12 +217,31 @@ def _separate_pad_token(tokenizer: PreTrainedTokenizerBase) -> None:
     raise ModelError(f"{tokenizer.name_or_path}: no special token but the end token to pad with")
 
 
+def _check_loading(config: TrialConfig, info: Mapping[str, Any]) -> None:
+    """Transformers only warns of a tensor it does not find, and leaves it random."""
+    missing = sorted(info["missing_keys"])  # without lm_head where it is tied to the embeddings
+    if missing:
+        raise ModelError(
+            f"model_name_or_path is {config.model_name_or_path}, but its weights lack "
+            f"{missing[0]} (tensors missing: {len(missing)})"
+        )
+    for name, found, expected in info["mismatched_keys"]:
+        raise ModelError(
+            f"model_name_or_path is {config.model_name_or_path}: the shape of {name} is "
+            f"{list(found)}, but must be {list(expected)}"
+        )
+
+
 @contextlib.contextmanager
 def _named_errors(config: TrialConfig) -> Iterator[None]:
     try:
         yield
+    except SafetensorError as error:
+        raise ModelError(
+            f"model_name_or_path is {config.model_name_or_path}, but its weights are damaged: {error}"
+        ) from error
     except (OSError, ValueError, ImportError, json.JSONDecodeError) as error:
-        cause = str(error).strip().splitlines()[0]
+        cause = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ModelError(f"model_name_or_path is {config.model_name_or_path}: {cause}") from error
 
 
