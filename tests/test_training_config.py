@@ -18,6 +18,9 @@ OWN_SETTINGS = {
     # `trl.ScriptArguments`, which importing would parse nothing of.
     "dataset_name",
     "dataset_train_split",
+    # Transformers takes these inside `lr_scheduler_kwargs`.
+    "decay_fraction",
+    "decay_type",
 }
 
 
@@ -57,6 +60,18 @@ def test_numbers_may_be_text_as_yaml_reads_them() -> None:
             "x.yaml: parameters.load_in_4bit is 'yes', but must be true or false",
         ),
         ("lora_dropout", 1, "x.yaml: parameters.lora_dropout is 1.0, but must be < 1"),
+        pytest.param(
+            "max_steps",
+            10**400,
+            f"x.yaml: parameters.max_steps is {10**400}, but must be within ±1e308",
+            id="400 digits",
+        ),
+        pytest.param(
+            "lora_target_modules",
+            f"[{'9' * 5000}]",
+            f"x.yaml: parameters.lora_target_modules is '[{'9' * 5000}]', but must be a list of names",
+            id="5000 digits",
+        ),
     ],
 )
 def test_a_wrong_value_names_the_setting_and_what_it_must_be(

@@ -180,6 +180,8 @@ def _convert(value: Any, kind: Any, name: str) -> Any:
         number = float(value)
     except ValueError:
         raise ConfigError(f"{name} is {value!r}, but must be {_kind_name(kind)}") from None
+    except OverflowError:
+        raise ConfigError(f"{name} is {value!r}, but must be within ±1e308") from None
     if kind is int:
         if not number.is_integer():
             raise ConfigError(f"{name} is {value!r}, but must be an integer")
@@ -194,7 +196,7 @@ def _convert_list(value: Any, name: str) -> list[str]:
         if value.startswith("["):
             try:
                 value = json.loads(value.replace("'", '"'))
-            except json.JSONDecodeError:
+            except ValueError:  # not JSON, or a number of thousands of digits in it
                 raise ConfigError(f"{name} is {value!r}, but must be a list of names") from None
         else:
             value = [value]
