@@ -1,20 +1,22 @@
 """The `parameters` of a sweep definition: which settings vary, over which values or ranges.
 
-`check_parameters(block, where)` -> a checked specification by setting: nested groups opened,
-numbers that YAML reads as text converted, every value and every bound tried as a `TrialConfig`.
+`check_parameters(block, where)` -> a checked specification by setting: numbers that YAML reads as
+text converted, every value and every bound tried as a `TrialConfig`.
 """
 
+import contextlib
 import difflib
 import math
 import re
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from fractions import Fraction
 from typing import Any
 
 from training.config import TrialConfig
 from training.exceptions import ConfigError, nearest
 
-_PARAMETER_KEYS = ("value", "values", "min", "max", "distribution", "q", "parameters")
+_PARAMETER_KEYS = ("value", "values", "min", "max", "distribution", "q")
 
 # Distributions of W&B that W&B itself maps to Optuna's, and which keys each takes.
 _RANGE_KEYS = {
@@ -31,15 +33,22 @@ def check_parameters(block: Any, where: str, *, grid: bool) -> dict[str, dict[st
     """Checked specifications by setting; `where` is the file and `parameters`.
 
     Raises:
-        ConfigError: a setting is unknown or given twice, or no trial could have one of its values.
+        ConfigError: a setting is unknown, or no trial could have one of its values.
     """
-    parameters: dict[str, dict[str, Any]] = {}
-    for name, here, spec in _leaves(block, where):
-        if name in parameters:
-            raise ConfigError(f"{here} is given twice, in two groups")
-        parameters[name] = spec
+    if not isinstance(block, dict) or not block:
+        raise ConfigError(f"{where} is {block!r}, but must be a mapping of settings")
     known = typing.get_type_hints(TrialConfig)
-    for name, here, spec in _leaves(block, where):
+    parameters: dict[str, dict[str, Any]] = {}
+    for key, spec in block.items():
+        name, here = str(key), f"{where}.{key}"
+        if not isinstance(spec, dict):
+            raise ConfigError(f"{here} is {spec!r}, but must be a mapping, e.g. {{value: {spec}}}")
+        if "parameters" in spec:
+            raise ConfigError(
+                f"{here} is a nested group, but must be a setting: `wandb agent` would give it to "
+                f"training.run as one option, --{name}"
+            )
+        check_keys(spec, _PARAMETER_KEYS, here)
         if name not in known:
             raise ConfigError(f"{here} is not a setting{_nearest_setting(name, known)}")
         parameters[name] = _check_parameter(name, spec, here, known[name], grid=grid)
@@ -51,14 +60,19 @@ def check_parameters(block: Any, where: str, *, grid: bool) -> dict[str, dict[st
 
 def as_number(value: Any, where: str) -> int | float:
     """A number; YAML 1.1 reads `2e-4` as text, so text that is a number counts as one."""
+    number = value
     if isinstance(value, str):
-        try:
-            return int(value) if re.fullmatch(r"[+-]?\d+", value) else float(value)
-        except ValueError:
-            pass
-    if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
+        with contextlib.suppress(ValueError):
+            number = int(value) if re.fullmatch(r"[+-]?\d+", value) else float(value)
+    if isinstance(number, bool) or not isinstance(number, int | float):
         raise ConfigError(f"{where} is {value!r}, but must be a number")
-    return value
+    try:
+        is_number = not math.isnan(number)
+    except OverflowError:
+        raise ConfigError(f"{where} is {value!r}, but must be within ±1e308") from None
+    if not is_number:
+        raise ConfigError(f"{where} is {value!r}, but must be a number")
+    return number
 
 
 def check_keys(block: Mapping[Any, Any], keys: tuple[str, ...], where: str) -> None:
@@ -73,22 +87,6 @@ def check_choice(value: Any, choices: tuple[str, ...], where: str) -> None:
     if value not in choices:
         hint = nearest(value, choices) if isinstance(value, str) else ""
         raise ConfigError(f"{where} is {value!r}, but must be one of {', '.join(choices)}{hint}")
-
-
-def _leaves(parameters: Any, where: str) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    if not isinstance(parameters, dict) or not parameters:
-        raise ConfigError(f"{where} is {parameters!r}, but must be a mapping of settings")
-    for name, spec in parameters.items():
-        here = f"{where}.{name}"
-        if not isinstance(spec, dict):
-            raise ConfigError(f"{here} is {spec!r}, but must be a mapping, e.g. {{value: {spec}}}")
-        check_keys(spec, _PARAMETER_KEYS, here)
-        if "parameters" in spec:
-            if len(spec) > 1:
-                raise ConfigError(f"{here} has parameters, so it can have no other key")
-            yield from _leaves(spec["parameters"], f"{here}.parameters")
-        else:
-            yield str(name), here, spec
 
 
 def _check_parameter(
@@ -143,12 +141,17 @@ def _checked_range(
         raise ConfigError(f"{where}.q is given, but distribution {distribution} has no steps")
     if low > high:
         raise ConfigError(f"{where}.min is {low}, but must be <= max, which is {high}")
-    if spec.get("q", 1) <= 0:
-        raise ConfigError(f"{where}.q is {spec['q']}, but must be > 0")
+    if not 0 < spec.get("q", 1) < math.inf:
+        raise ConfigError(f"{where}.q is {spec['q']}, but must be > 0 and finite")
+    if distribution == "q_log_uniform_values" and spec.get("q", 1) != 1:
+        # W&B's mapping to Optuna drops any other q: Optuna has no logarithmic scale with steps.
+        raise ConfigError(f"{where}.q is {spec['q']}, but must be 1 on a logarithmic scale")
     if "log" in distribution and low <= 0:
         raise ConfigError(f"{where}.min is {low}, but must be > 0 on a logarithmic scale")
-    if distribution == "int_uniform" and not (isinstance(low, int) and isinstance(high, int)):
-        raise ConfigError(f"{where} has min {low} and max {high}, but int_uniform needs integers")
+    if distribution in ("int_uniform", "q_log_uniform_values") and inferred != "int_uniform":
+        raise ConfigError(
+            f"{where} has min {low} and max {high}, but {distribution} needs integers"
+        )
     if kind is int and not _gives_integers(spec):
         raise ConfigError(
             f"{where}.distribution is {distribution}, but must give integers: int_uniform, or "
@@ -158,7 +161,20 @@ def _checked_range(
         raise ConfigError(f"{where}.distribution is {distribution}, but a grid needs values")
     for key in ("min", "max"):
         _checked_value(name, spec[key], where, shown=f"{where}.{key}")
+    if distribution == "q_uniform":
+        _check_steps(spec, where)
     return spec
+
+
+def _check_steps(spec: Mapping[str, Any], where: str) -> None:
+    """Optuna would lower a max that no number of steps reaches, and say so in a warning only."""
+    # Decimal fractions as they are written: 0.3 is three steps of 0.1, which it is not in binary.
+    low, high, step = (Fraction(str(spec.get(key, 1))) for key in ("min", "max", "q"))
+    if (high - low) % step:
+        raise ConfigError(
+            f"{where}.max is {spec['max']}, but must be min ({spec['min']}) plus a whole number of "
+            f"steps of q ({spec.get('q', 1)}), or it is never tried"
+        )
 
 
 def _gives_integers(spec: Mapping[str, Any]) -> bool:

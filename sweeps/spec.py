@@ -51,7 +51,7 @@ class SweepDefinition:
     text: str
     """The file as it was given."""
     config: dict[str, Any]
-    """The YAML's content; numbers written as text are numbers, nested parameters are flat."""
+    """The YAML's content; numbers written as text are numbers."""
 
     @property
     def name(self) -> str:
@@ -124,6 +124,15 @@ def read_definition(path: str | Path) -> SweepDefinition:
 
 class _UniqueKeyLoader(yaml.SafeLoader):
     """`yaml.safe_load` that refuses a key given twice instead of keeping the last."""
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep=deep)
+        except (ValueError, OverflowError) as error:
+            # What looks like a date or a number and is none (2026-02-30): PyYAML leaves Python's error.
+            raise yaml.constructor.ConstructorError(
+                None, None, str(error), node.start_mark
+            ) from None
 
 
 def _construct_mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:

@@ -50,10 +50,11 @@ def print_summary(record: SweepRecord, console: Console) -> None:
 
 
 def make_console() -> Console:
-    """Console as wide as the terminal."""
-    console = Console(highlight=False, soft_wrap=True)
+    """Console as wide as the terminal, which shows every text as it is."""
     # A file or a pipe has no width of its own, and Rich would cut the table at 80 columns.
-    return console if console.is_terminal else Console(highlight=False, soft_wrap=True, width=140)
+    width = None if Console().is_terminal else 140
+    # An error's text may have brackets or colons, which Rich would read as its own markup or emoji.
+    return Console(highlight=False, soft_wrap=True, markup=False, emoji=False, width=width)
 
 
 def params_text(params: dict[str, Any]) -> str:

@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from sweeps.spec import read_definition
+from sweeps.terminal import make_console
 from training.exceptions import ConfigError
 
 CONFIGS = sorted(Path("sweeps/configs").glob("*.yaml"))
@@ -53,13 +54,9 @@ def test_constants_and_a_point_make_the_settings_of_a_trial(tmp_path):
     assert (config.lora_r, config.learning_rate, config.max_steps) == (8, 2e-4, 10)
 
 
-def test_nested_parameters_are_settings_like_all_others(tmp_path):
-    text = with_parameter(
-        "adapter: {parameters: {lora_r: {values: [8, 16]}, lora_alpha: {value: 32}}}"
-    )
-    definition = read(tmp_path, text)
-    assert definition.varied == {"lora_r": {"values": [8, 16]}}
-    assert definition.constants == {"lora_alpha": 32}
+def test_steps_are_counted_in_decimal_fractions(tmp_path):
+    text = with_parameter("lora_dropout: {distribution: q_uniform, min: 0.0, max: 0.3, q: 0.1}")
+    assert read(tmp_path, text).varied["lora_dropout"]["max"] == 0.3  # binary: 2.9999999999999996
 
 
 def test_the_name_is_the_files_own_where_none_is_given(tmp_path):
@@ -76,6 +73,8 @@ def test_the_name_is_the_files_own_where_none_is_given(tmp_path):
         (GOOD + "method: random\n", "line 8: not valid YAML: key 'method' is given twice"),
         ("parameters: {lora_r: {value: 8}}", "method is missing"),
         ("method: grid", "parameters is missing"),
+        (GOOD + "description: 2026-02-30\n", "line 8: not valid YAML: day "),
+        (GOOD + f"run_cap: {'9' * 5000}\n", "line 8: not valid YAML: Exceeds the limit"),
         (GOOD.replace("grid", "gird"), "method is 'gird', but must be one of grid, random"),
         (GOOD + "run_capp: 3\n", "run_capp is not a key of a sweep; did you mean 'run_cap'?"),
         (GOOD + "run_cap: many\n", "run_cap is 'many', but must be an integer"),
@@ -155,12 +154,34 @@ def test_a_wrong_key_is_one_line_with_the_file_and_the_key(tmp_path, text, expec
         ),
         ("load_in_4bit: {value: yess}", "parameters.load_in_4bit is 'yess', but must be true or"),
         (
-            "group: {parameters: {lora_r: {value: 0}}}",
-            "parameters.group.parameters.lora_r is 0, but must be >= 1",
+            "group: {parameters: {lora_r: {value: 8}}}",
+            "parameters.group is a nested group, but must be a setting: `wandb agent` would give it",
+        ),
+        ("8: {value: 8}", "parameters.8 is not a setting"),
+        (
+            "max_steps: {distribution: q_uniform, min: 10, max: 60, q: 15}",
+            "parameters.max_steps.max is 60, but must be min (10) plus a whole number of steps of",
         ),
         (
-            "lora_r: {value: 8}\n  group: {parameters: {lora_r: {value: 16}}}",
-            "parameters.group.parameters.lora_r is given twice",
+            "lora_dropout: {distribution: q_uniform, min: 0.0, max: 0.5}",
+            "parameters.lora_dropout.max is 0.5, but must be min (0.0) plus a whole number of steps",
+        ),
+        (
+            "max_steps: {distribution: q_uniform, min: 10, max: 60, q: .inf}",
+            "parameters.max_steps.q is inf, but must be > 0 and finite",
+        ),
+        (
+            "learning_rate: {distribution: q_log_uniform_values, min: 0.1, max: 1.1, q: 0.5}",
+            "parameters.learning_rate.q is 0.5, but must be 1 on a logarithmic scale",
+        ),
+        (
+            "lora_alpha: {distribution: q_log_uniform_values, min: 0.5, max: 64.0}",
+            "parameters.lora_alpha has min 0.5 and max 64.0, but q_log_uniform_values needs integers",
+        ),
+        (f"max_steps: {{value: {10**400}}}", "parameters.max_steps is 1000"),
+        (
+            f"max_steps: {{min: 1, max: {10**400}}}",
+            f"parameters.max_steps.max is {10**400}, but must be within ±1e308",
         ),
     ],
 )  # fmt: skip
@@ -198,6 +219,11 @@ def test_a_shipped_definition_is_right_and_says_the_same_to_wandb(path):
         for key in ("value", "values", "min", "max"):
             if key in spec:
                 assert spec[key] == definition.parameters[name][key]
+
+
+def test_an_error_shows_on_the_terminal_as_it_is(capsys):
+    make_console().print("[red]x[/blue] of [q_proj] :key: stays")  # Rich's markup, in any other
+    assert capsys.readouterr().out == "[red]x[/blue] of [q_proj] :key: stays\n"
 
 
 def test_five_definitions_are_shipped():
