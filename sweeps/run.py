@@ -28,7 +28,7 @@ from training.config import TrialConfig
 from training.exceptions import ConfigError, LoraloomError, SweepError
 from training.job import Engine, Job, JobOptions, Outcome
 from training.paths import SweepPaths, read_json
-from training.progress import duration
+from training.progress import Display, duration
 
 MAX_FAILURES_IN_A_ROW = 3
 RETRY_ATTR = "retry_of"
@@ -126,6 +126,7 @@ class _Run:
     """Steps of the trials that have ended since."""
 
     def __post_init__(self) -> None:
+        self.display = Display(self.console)
         self.distributions = search_space(self.definition)
         self.planned = planned_points(self.study, self.definition)
 
@@ -147,7 +148,7 @@ class _Run:
             report_to=self.options.report_to,
             group=self.definition.name,
             project=self.options.project or self.definition.config.get("project") or "loraloom",
-            console=self.console,
+            display=self.display,
         )
         run_jobs(self._next_job, self._done, engine=self.options.engine, options=options)
 
@@ -339,7 +340,7 @@ class _Run:
         return f" ({number} of {max(number, self.num_trials)})"
 
     def _time_left(self) -> str:
-        if self.num_trials is None or not self.num_steps:
+        if self.num_trials is None or not self.display.num_steps:
             return ""
         done = self.study.get_trials(deepcopy=False)
         num_left = self.num_trials - self._num_counted(finished_only=True)
@@ -351,9 +352,9 @@ class _Run:
             tried = [trial.params for trial in done if trial.state.is_finished()]
             points = [point for point in self.planned if point not in tried]
             steps_left = min(num_left, len(points)) * self._mean_steps(points)
-        # Trials in the pack have steps behind them that are not counted yet: it is an upper bound.
-        pace_s = (time.monotonic() - self.started) / self.num_steps
-        return f", at most {duration(steps_left * pace_s)} left"
+        steps_left -= self.display.num_steps - self.num_steps  # of the trials in the pack
+        pace_s = (time.monotonic() - self.started) / self.display.num_steps
+        return f", about {duration(max(0, steps_left) * pace_s)} left"
 
     def _mean_steps(self, points: list[dict[str, Any]]) -> float:
         default = self.definition.constants.get("max_steps", TrialConfig.max_steps)

@@ -5,16 +5,15 @@ Light to import, so that a command that decides what to train need not load what
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from training.config import TrialConfig
 from training.paths import TrialPaths
+from training.progress import Display
 from training.tracking import ReportTo
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from training.checkpoint import SavedState
 
 Engine = Literal["packed", "trl"]
@@ -51,4 +50,5 @@ class JobOptions:
     group: str | None = None
     """W&B's group: the sweep's name."""
     project: str = "loraloom"
-    console: Console | None = None
+    display: Display = field(default_factory=Display)
+    """The terminal's view of all trials."""

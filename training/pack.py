@@ -46,7 +46,7 @@ def run_pack(
             their state, and the same jobs go on from there.
         options: slots, tracker and terminal.
     """
-    with Display(options.console) as display:
+    with options.display as display:
         pack = _Pack(next_job, done, options, display)
         try:
             pack.run()

@@ -222,7 +222,9 @@ class PackedLora:
         self, adapter: Adapter, group: _Group, member: int, letter: str, view: torch.Tensor
     ) -> None:
         weight = getattr(group.members[member], letter)[adapter.name].weight
-        view.copy_(weight.data)
+        # On a 4-bit base TRL rounds a new adapter to bfloat16; ours starts there, and goes on in float32.
+        start = weight.data if group.is_plain else weight.data.bfloat16()
+        view.copy_(start)
         weight.data = view
         adapter.layout.append((f"{group.names[member]}.{letter}", tuple(view.shape)))
 

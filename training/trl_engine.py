@@ -24,7 +24,6 @@ from training.job import Job, JobOptions, Outcome
 from training.packed_lora import known_warnings
 from training.paths import TrialPaths, write_json
 from training.prepared import Prepared, forget, prepare
-from training.progress import Display
 from training.recorder import TrialRecorder, begin_trial, end_with_fault, is_disk_full
 from training.schedules import scheduler_kwargs
 from training.tracking import Tracker, make_tracker
@@ -65,7 +64,7 @@ def _train(job: Job, prepared: Prepared, tracker: Tracker, options: JobOptions) 
     losses = example_losses(
         prepared.model, prepared.splits.validation, config.per_device_eval_batch_size
     )
-    with Display(options.console) as display:
+    with options.display as display:
         progress = display.add(job.label, config.max_steps)
         recorder = TrialRecorder(job.paths, tracker, progress, losses)
         try:
