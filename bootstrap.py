@@ -55,7 +55,9 @@ def enter_venv() -> NoReturn:
     """Makes or repairs `.venv`, and runs this script again with its Python."""
     if sys.version_info < (3, 11):  # noqa: UP036 (whoever runs this may have an older one)
         for newer in filter(None, map(shutil.which, NEWER_PYTHONS)):
-            os.execv(newer, [newer, *sys.argv])
+            # pyenv puts a file of that name there for a Python that it has not been told to use.
+            if _is_new_enough(newer):
+                os.execv(newer, [newer, *sys.argv])
         fail(f"Python is {platform.python_version()}, but must be 3.11 or newer: install one")
     if not _venv_works():
         if importlib.util.find_spec("ensurepip") is None:
@@ -247,8 +249,12 @@ def fail(message: str, status: int = 2) -> NoReturn:
 
 
 def _venv_works() -> bool:
-    code = "import sys, pip; sys.exit(sys.version_info < (3, 11))"
-    return VENV_PYTHON.exists() and _succeeds([str(VENV_PYTHON), "-c", code])
+    return VENV_PYTHON.exists() and _is_new_enough(str(VENV_PYTHON), needs="pip")
+
+
+def _is_new_enough(python: str, needs: str = "sys") -> bool:
+    code = f"import sys, {needs}; sys.exit(sys.version_info < (3, 11))"
+    return _succeeds([python, "-c", code])
 
 
 def _succeeds(command: list[str]) -> bool:
@@ -269,13 +275,14 @@ def _pip_command(*arguments: str) -> list[str]:
 def _stamp(pins: dict[str, str], gpu: bool) -> str:
     """Changes with whatever set-up depends on, and when the cache has lost the converter."""
     from deploy.llama_cpp_source import converter_dir
+    from deploy.llama_cpp_wheel import wheel_dir
     from training.exceptions import ModelError
 
     try:
         converter = str(converter_dir(pins[LLAMA]))
     except ModelError:
         converter = "missing"
-    facts = [sorted(pins.items()), gpu, sys.version, converter]
+    facts = [sorted(pins.items()), gpu, sys.version, converter, wheel_dir(pins[LLAMA]).name]
     return hashlib.sha256(repr(facts).encode()).hexdigest() + "\n"
 
 

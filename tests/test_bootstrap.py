@@ -113,6 +113,27 @@ def test_an_older_python_is_refused_in_one_line(clone: Path, tmp_path: Path) -> 
     assert not (clone / ".venv").exists()
 
 
+def test_a_newer_python_that_does_not_start_is_passed_over(clone: Path, tmp_path: Path) -> None:
+    """pyenv's shims: `python3.14` is there, but fails, and `python3.11` is a real one."""
+    script = (clone / "bootstrap.py").read_text("utf-8")
+    pretend = 'if os.environ.pop("PRETEND_OLD", ""):\n    sys.version_info = (3, 8)\n\n\n'
+    (clone / "bootstrap.py").write_text(
+        script.replace("def main()", f"{pretend}def main()", 1), "utf-8"
+    )
+    bin_dir = tmp_path / "bin"
+    bin_dir.mkdir()
+    (bin_dir / "python3.14").write_text("#!/bin/sh\necho 'command not found' >&2\nexit 127\n")
+    (bin_dir / "python3.14").chmod(0o755)
+
+    alone = _bootstrap(clone, PATH=str(bin_dir), PRETEND_OLD="1")
+    (bin_dir / "python3.11").symlink_to(BASE_PYTHON)
+    beside = _bootstrap(clone, PATH=str(bin_dir), PRETEND_OLD="1")
+
+    assert (alone.returncode, alone.stderr.count("\n")) == (2, 1)
+    assert "Python is" in alone.stderr and "must be 3.11 or newer" in alone.stderr
+    assert beside.stderr.startswith("error: building llama-cpp-python needs cc")
+
+
 def test_an_older_python_can_read_the_script() -> None:
     ast.parse((ROOT / "bootstrap.py").read_text("utf-8"), feature_version=(3, 8))
 
@@ -147,6 +168,16 @@ def test_other_cmake_arguments_are_another_wheel(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("CMAKE_ARGS", "-DGGML_BLAS=ON")
 
     assert wheel_dir(VERSION) != plain
+
+
+def test_set_up_has_something_to_do_after_a_change_of_what_is_built(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pins = {bootstrap.LLAMA: VERSION}
+    plain = bootstrap._stamp(pins, gpu=False)
+    monkeypatch.setenv("CMAKE_ARGS", "-DGGML_BLAS=ON")
+
+    assert bootstrap._stamp(pins, gpu=False) != plain
 
 
 def test_another_cpu_is_another_wheel(monkeypatch: pytest.MonkeyPatch) -> None:
