@@ -4,13 +4,13 @@
 ends with Ctrl-D. The answer is streamed.
 """
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from deploy.gguf_model import last_error, load_llama_cpp, render_chat
+from deploy.llama_cpp_wheel import num_cores
 from training.cli import make_parser, parse, run_command
 from training.exceptions import ConfigError, ModelError
 from training.paths import PromotionPaths, SweepPaths, read_json
@@ -81,7 +81,8 @@ def open_chat(path: Path, context_length: int) -> Any:
         model = llama_cpp.Llama(
             str(path),
             n_ctx=context_length,
-            n_threads=os.cpu_count(),
+            n_threads=num_cores(),
+            n_threads_batch=num_cores(),
             verbose=False,
             chat_format="chat_template.default",
         )

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from deploy.llama_cpp_wheel import num_cores
 from training.exceptions import ModelError
 
 NOT_SUPERVISED = -100
@@ -68,7 +69,7 @@ def open_gguf(path: Path, num_ctx: int, num_threads: int | None = None) -> Itera
     llama_cpp = load_llama_cpp()
     if not path.is_file():
         raise ModelError(f"{path} is not a file, but must be a GGUF")
-    threads = num_threads or os.cpu_count() or 1
+    threads = num_threads or num_cores()
     llama_cpp.llama_backend_init()
     model = llama_cpp.llama_model_load_from_file(
         os.fsencode(path), llama_cpp.llama_model_default_params()

@@ -62,7 +62,7 @@ def build_wheel(version: str) -> int:
             **os.environ,
             "TMPDIR": str(draft / "tmp"),
             "CMAKE_ARGS": cmake_arguments(),
-            "CMAKE_BUILD_PARALLEL_LEVEL": str(_num_cores()),
+            "CMAKE_BUILD_PARALLEL_LEVEL": str(num_cores()),
         }
         # Without pip's own cache of built wheels: it knows neither the CPU nor the CMake arguments.
         command = [sys.executable, "-m", "pip", "wheel", "-v", "--no-deps", "--no-cache-dir"]
@@ -88,6 +88,11 @@ def has_gpu() -> bool:
         return False
     done = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
     return done.returncode == 0 and "GPU" in done.stdout
+
+
+def num_cores() -> int:
+    """Cores this process may use: of a shared machine often fewer than it has."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 def missing_compiler() -> str | None:
@@ -120,11 +125,6 @@ def _cpu_flags() -> str:
         return platform.processor()
     flags = [line for line in lines if line.lower().startswith(("flags", "features"))]
     return " ".join(sorted(flags[0].split())) if flags else platform.processor()
-
-
-def _num_cores() -> int:
-    """Cores this process may use."""
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from deploy.gguf_model import last_error, load_llama_cpp
+from deploy.llama_cpp_wheel import num_cores
 from training.exceptions import ConfigError, ModelError, nearest
 from training.paths import write_atomic
 
@@ -72,7 +73,7 @@ def quantize(source: Path, outfile: Path, quantization: Quantization) -> None:
     llama_cpp = load_llama_cpp()
     params = llama_cpp.llama_model_quantize_default_params()
     params.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{quantization.ftype}")
-    params.nthread = os.cpu_count() or 1
+    params.nthread = num_cores()
 
     def write(path: Path) -> None:
         status = llama_cpp.llama_model_quantize(
