@@ -25,8 +25,10 @@ NAME = "loraloom_packed"
 SHORT = 512
 """Longest piece whose attention weights are kept for the backward pass; measured, see docs/performance.md."""
 
+FAST_PATHS = {"explicit", "variable_length"}
+
 disabled: set[str] = set()
-"""Names of fast paths that `training.doctor` or a user has switched off: `explicit`, `variable_length`."""
+"""Fast paths that have failed the engine's check on this machine."""
 
 
 @contextmanager
