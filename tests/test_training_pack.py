@@ -1,0 +1,271 @@
+"""A queue of trials in one pack: slots refilled, faults kept apart, nothing lost when it is cut off."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from training.config import TrialConfig
+from training.engine import PackedEngine
+from training.exceptions import DataError, ModelError
+from training.job import Job, JobOptions, Outcome
+from training.pack import run_pack
+from training.paths import TrialPaths, read_json
+from training.recorder import TrialRecorder
+from training.run import run_trial
+
+
+class Queue:
+    """Jobs to train, and what became of them."""
+
+    def __init__(self, root: Path, configs: list[TrialConfig]):
+        self.jobs = [
+            Job(config=config, paths=TrialPaths(root / f"{n:04d}"), label=f"trial {n}")
+            for n, config in enumerate(configs)
+        ]
+        self.left = list(self.jobs)
+        self.in_flight: list[int] = []
+        self.most_in_flight = 0
+        self.outcomes: dict[int, Outcome] = {}
+        self.on_done: Callable[[int], None] = lambda number: None
+
+    def next_job(self) -> Job | None:
+        if not self.left:
+            return None
+        job = self.left.pop(0)
+        self.in_flight.append(self.jobs.index(job))
+        self.most_in_flight = max(self.most_in_flight, len(self.in_flight))
+        return job
+
+    def done(self, job: Job, outcome: Outcome) -> None:
+        number = self.jobs.index(job)
+        self.in_flight.remove(number)
+        assert number not in self.outcomes
+        self.outcomes[number] = outcome
+        self.on_done(number)
+
+    def run(self, slots: int) -> None:
+        run_pack(self.next_job, self.done, JobOptions(slots=slots, report_to="none"))
+
+    def result(self, number: int) -> dict[str, Any]:
+        return read_json(self.jobs[number].paths.result)
+
+    def metrics(self, number: int) -> list[dict[str, Any]]:
+        lines = self.jobs[number].paths.metrics.read_text().splitlines()
+        return [json.loads(line) for line in lines]
+
+    def curve(self, number: int) -> list[float]:
+        return [line["train/loss"] for line in self.metrics(number) if "train/loss" in line]
+
+
+@pytest.fixture
+def make(tiny_settings: dict[str, Any]) -> Callable[..., TrialConfig]:
+    def make_config(**settings: Any) -> TrialConfig:
+        return TrialConfig.from_dict({**tiny_settings, "lora_r": 4, "max_steps": 6, **settings})
+
+    return make_config
+
+
+def test_slots_are_refilled_and_every_trial_ends_once(
+    make: Callable[..., TrialConfig], tmp_path: Path
+) -> None:
+    configs = [make(max_steps=steps, lora_r=steps) for steps in (2, 7, 3, 5, 1)]
+    queue = Queue(tmp_path, configs)
+    queue.run(slots=2)
+    assert sorted(queue.outcomes) == [0, 1, 2, 3, 4]
+    assert queue.most_in_flight == 2
+    for number, config in enumerate(configs):
+        result = queue.result(number)
+        assert (result["state"], result["num_steps"]) == ("complete", config.max_steps)
+        alone = run_trial(config, TrialPaths(tmp_path / f"alone{number}"), report_to="none")
+        assert result["eval/loss"] == pytest.approx(alone["eval/loss"], rel=1e-5)
+        assert not queue.jobs[number].paths.state.exists()
+
+
+def test_the_packs_time_is_shared_out_among_its_trials(
+    make: Callable[..., TrialConfig], tmp_path: Path
+) -> None:
+    import time
+
+    queue = Queue(tmp_path, [make(seed=seed) for seed in range(3)])
+    started = time.monotonic()
+    queue.run(slots=3)
+    elapsed = time.monotonic() - started
+    assert 0 < sum(queue.result(number)["train_time_s"] for number in range(3)) <= elapsed
+
+
+def test_a_killed_pack_goes_on_from_its_last_evaluations(
+    make: Callable[..., TrialConfig], tmp_path: Path
+) -> None:
+    configs = [make(max_steps=12, seed=seed, lora_r=3 + seed) for seed in range(2)]
+    whole = Queue(tmp_path / "whole", configs)
+    whole.run(slots=2)
+
+    killed = Queue(tmp_path / "killed", configs)
+    with pytest.MonkeyPatch.context() as patch:
+        step = PackedEngine.step
+        calls: list[int] = []
+
+        def dying(self: PackedEngine) -> Any:
+            calls.append(1)
+            if len(calls) == 11:  # after the states of steps 4 and 8
+                raise KeyboardInterrupt
+            return step(self)
+
+        patch.setattr(PackedEngine, "step", dying)
+        with pytest.raises(KeyboardInterrupt):
+            killed.run(slots=2)
+    assert not killed.outcomes
+    assert not killed.jobs[0].paths.result.exists()
+    with open(killed.jobs[0].paths.metrics, "a") as file:
+        file.write('{"step": 11, "trai')  # what a kill leaves of a line
+
+    again = Queue(tmp_path / "killed", configs)
+    with pytest.MonkeyPatch.context() as patch:
+        trained: list[int] = []
+        log_step = TrialRecorder.log_step
+
+        def counting(self: TrialRecorder, step: int, **values: Any) -> None:
+            trained.append(step)
+            log_step(self, step, **values)
+
+        patch.setattr(TrialRecorder, "log_step", counting)
+        again.run(slots=2)
+    assert sorted(set(trained)) == [9, 10, 11, 12]
+    for number in range(2):
+        assert [line["step"] for line in again.metrics(number)] == [
+            line["step"] for line in whole.metrics(number)
+        ]
+        assert again.curve(number) == pytest.approx(whole.curve(number), rel=1e-5)
+        ours, theirs = again.result(number), whole.result(number)
+        assert ours["eval/loss"] == pytest.approx(theirs["eval/loss"], rel=1e-5)
+        assert (ours["best_step"], ours["tokens"]) == (theirs["best_step"], theirs["tokens"])
+
+
+def test_out_of_memory_shrinks_the_pack_and_loses_nothing(
+    make: Callable[..., TrialConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    configs = [make(seed=seed, gradient_accumulation_steps=2) for seed in range(3)]
+    expected = Queue(tmp_path / "expected", configs)
+    expected.run(slots=3)
+
+    backward = PackedEngine.backward
+    refused: list[int] = []
+
+    def limited(self: PackedEngine, trials: Any, parts: Any = None) -> Any:
+        if len(trials) > 2 and any(trial.step >= 2 for trial in trials):
+            refused.append(len(trials))
+            backward(self, trials, parts)  # some of it was done when memory ran out
+            raise torch.OutOfMemoryError
+        return backward(self, trials, parts)
+
+    monkeypatch.setattr(PackedEngine, "backward", limited)
+    queue = Queue(tmp_path / "queue", configs)
+    with pytest.warns(RuntimeWarning, match="out of memory with 3 trials: going on with 2"):
+        queue.run(slots=3)
+    assert refused == [3]
+    for number in range(3):
+        assert queue.curve(number) == pytest.approx(expected.curve(number), rel=1e-5)
+        assert queue.result(number)["state"] == "complete"
+
+
+def test_one_trial_that_does_not_fit_says_what_to_change(
+    make: Callable[..., TrialConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> Any:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(PackedEngine, "backward", full)
+    queue = Queue(tmp_path, [make()])
+    queue.run(slots=1)
+    assert isinstance(queue.outcomes[0], ModelError)
+    assert "lower per_device_train_batch_size or max_length" in queue.result(0)["reason"]
+
+
+def test_a_diverging_trial_fails_and_its_mates_finish(
+    make: Callable[..., TrialConfig], tmp_path: Path
+) -> None:
+    wild = make(learning_rate=1e30, max_grad_norm=0)
+    queue = Queue(tmp_path, [make(), wild, make(seed=2)])
+    queue.run(slots=3)
+    assert [queue.result(number)["state"] for number in range(3)] == [
+        "complete", "failed", "complete",
+    ]  # fmt: skip
+    assert "at step" in queue.result(1)["reason"]
+    alone = run_trial(make(), TrialPaths(tmp_path / "alone"), report_to="none")
+    assert queue.result(0)["eval/loss"] == pytest.approx(alone["eval/loss"], rel=1e-5)
+
+
+def test_a_fault_of_one_trial_is_not_its_mates(
+    make: Callable[..., TrialConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log_eval = TrialRecorder.log_eval
+
+    def broken(self: TrialRecorder, *args: Any) -> None:
+        if self.paths.root.name == "0001":
+            raise RuntimeError("a fault of ours")
+        log_eval(self, *args)
+
+    monkeypatch.setattr(TrialRecorder, "log_eval", broken)
+    queue = Queue(tmp_path, [make(), make(seed=2), make(seed=3)])
+    queue.run(slots=2)
+    assert str(queue.outcomes[1]) == "a fault of ours"
+    assert "RuntimeError: a fault of ours" in queue.jobs[1].paths.log.read_text()
+    assert [queue.result(number)["state"] for number in (0, 2)] == ["complete", "complete"]
+
+
+def test_a_full_disk_leaves_trials_unfinished(
+    make: Callable[..., TrialConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import errno
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(TrialRecorder, "log_eval", full)
+    queue = Queue(tmp_path, [make(), make(seed=2)])
+    with pytest.raises(OSError, match="No space left"):
+        queue.run(slots=2)
+    assert not queue.outcomes
+    assert not any(job.paths.result.exists() for job in queue.jobs)
+
+
+def test_trials_of_another_base_model_wait_for_a_pack_of_their_own(
+    make: Callable[..., TrialConfig], tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    import shutil
+
+    other = tmp_path / "other-model"
+    shutil.copytree(tiny_model_dir, other)
+    configs = [make(), make(model_name_or_path=str(other)), make(seed=2)]
+    queue = Queue(tmp_path, configs)
+    queue.run(slots=2)
+    assert sorted(queue.outcomes) == [0, 1, 2]
+    assert all(queue.result(number)["state"] == "complete" for number in range(3))
+
+
+def test_what_done_raises_ends_the_pack_and_the_others_can_go_on(
+    make: Callable[..., TrialConfig], tmp_path: Path
+) -> None:
+    def stop(number: int) -> None:
+        raise DataError("enough")
+
+    queue = Queue(tmp_path, [make(max_steps=5), make(max_steps=9)])
+    queue.on_done = stop
+    with pytest.raises(DataError, match="enough"):
+        queue.run(slots=2)
+    assert queue.result(0)["state"] == "complete"
+    assert not queue.jobs[1].paths.result.exists()
+    assert queue.jobs[1].paths.state.is_dir()
+
+
+def test_an_adapter_of_names_that_match_nothing_is_the_users_error(
+    make: Callable[..., TrialConfig], tmp_path: Path
+) -> None:
+    queue = Queue(tmp_path, [make(lora_target_modules=["q_prj"])])
+    queue.run(slots=1)
+    assert isinstance(queue.outcomes[0], ModelError)
+    assert "lora_target_modules names 'q_prj'" in str(queue.outcomes[0])
