@@ -1,17 +1,35 @@
 """What tests share: a tiny random Llama with SmolLM2's tokenizer, a small chat dataset, settings for both."""
 
+import atexit
 import json
 import os
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from training.paths import cache_dir
 
 # No test but those marked `network` may wait for a hub or a W&B server.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["WANDB_MODE"] = "offline"
 os.environ["WANDB_SILENT"] = "true"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+def _use_cache_of_its_own() -> None:
+    """Prepared models and built parts are the user's; what tests add is gone with them."""
+    theirs, ours = cache_dir(), Path(tempfile.mkdtemp(prefix="loraloom-tests-"))
+    atexit.register(shutil.rmtree, ours, ignore_errors=True)
+    for entry in theirs.iterdir() if theirs.is_dir() else []:
+        if entry.name != "examples":
+            (ours / entry.name).symlink_to(entry)
+    os.environ["LORALOOM_CACHE"] = str(ours)
+
+
+_use_cache_of_its_own()
 
 
 @pytest.fixture(scope="session")

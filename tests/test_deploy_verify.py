@@ -1,7 +1,9 @@
 """What verification catches: a lost adapter, another template, another tokenizer, endless answers."""
 
+import contextlib
 import dataclasses
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from deploy_sweep import promoted, tiny_base, tiny_config
 from tokenizers import pre_tokenizers
 from transformers import AutoTokenizer
 
+from deploy.decoder import Decoder, open_decoder
 from deploy.export_gguf import export_gguf
 from deploy.gguf_model import open_gguf
 from deploy.merge import load_merged, merge_adapter
@@ -99,6 +102,52 @@ def test_a_long_example_is_scored_as_the_same_one_in_pieces(gguf: Path) -> None:
         losses = model.example_losses([whole, head, tail])["loss_sum"].to_numpy()
 
     assert losses[0] == pytest.approx(losses[1] + losses[2], rel=1e-5)
+
+
+def test_scoring_in_parallel_from_a_shared_prefix_equals_one_example_after_the_other(
+    gguf: Path, examples: Any
+) -> None:
+    rows = examples.to_list()
+    with open_gguf(gguf, num_ctx=128, num_threads=1) as model:
+        alone = [model.example_losses([row]) for row in rows]
+    opened = []
+
+    with pytest.MonkeyPatch.context() as patch, open_gguf(gguf, 128, num_threads=3) as model:
+        patch.setattr("deploy.gguf_model.open_decoder", _recording(opened))
+        together = model.example_losses(rows)
+
+    assert [decoder.prefix_length > 20 for decoder in opened] == [True] * 3
+    expected = pd.concat(alone, ignore_index=True)
+    assert together["example_id"].tolist() == expected["example_id"].tolist()
+    assert together["num_tokens"].tolist() == expected["num_tokens"].tolist()
+    assert together["loss_sum"].to_numpy() == pytest.approx(
+        expected["loss_sum"].to_numpy(), abs=0.02
+    )
+
+
+def test_a_supervised_token_is_never_in_the_shared_prefix(gguf: Path) -> None:
+    ids = [100, 200, 300, 400, 500]
+    rows = [
+        {"example_id": "all", "input_ids": ids, "labels": ids},
+        {"example_id": "end", "input_ids": ids, "labels": [-100] * 4 + ids[4:]},
+        {"example_id": "none", "input_ids": ids, "labels": [-100] * 5},
+    ]
+
+    with open_gguf(gguf, num_ctx=32) as model:
+        together = model.example_losses(rows)
+        alone = [model.example_losses([row])["loss_sum"].item() for row in rows]
+
+    assert together["num_tokens"].tolist() == [4, 1, 0]
+    assert together["loss_sum"].tolist() == pytest.approx(alone, rel=1e-4)
+
+
+def test_llama_cpp_takes_no_more_cores_than_the_process_may_use(
+    gguf: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("deploy.gguf_model.num_cores", lambda: 3)
+
+    with open_gguf(gguf, num_ctx=32) as model:
+        assert model.num_threads == 3
 
 
 def test_a_lost_adapter_does_not_pass(
@@ -298,6 +347,18 @@ def test_the_demo_model_has_the_same_tokens_and_losses_in_llama_cpp(tmp_path: Pa
 
     assert mean_loss(losses) == pytest.approx(mean_loss(expected), abs=0.003)
     assert tokenizer.decode(answer) == "The capital of France is Paris.<|im_end|>"
+
+
+def _recording(opened: list[Decoder]) -> Any:
+    """`open_decoder` that keeps what it opened."""
+
+    @contextlib.contextmanager
+    def open_and_keep(*args: Any) -> Iterator[Decoder]:
+        with open_decoder(*args) as decoder:
+            opened.append(decoder)
+            yield decoder
+
+    return open_and_keep
 
 
 def _losses(loss_sums: list[float]) -> pd.DataFrame:

@@ -136,3 +136,50 @@ def test_the_demo_set_has_thousands_of_different_examples() -> None:
     splits = load_splits(config, load_tokenizer(config))
     assert splits.counts["train"] > 5000
     assert (splits.counts["validation"], splits.counts["test"]) == (48, 48)
+
+
+def test_tokenised_examples_are_kept_and_found_again(
+    tiny_settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from training import data
+
+    config = TrialConfig.from_dict(tiny_settings)
+    tokenizer = load_tokenizer(config)
+    monkeypatch.setenv("LORALOOM_CACHE", str(tmp_path / "cache"))
+    made = load_splits(config, tokenizer)
+
+    def refuse(*_: Any) -> Any:
+        raise AssertionError("made again")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "_make_splits", refuse)
+        found = load_splits(config, tokenizer)
+        for name in ("train", "validation", "test"):
+            assert getattr(found, name).to_list() == getattr(made, name).to_list()
+        assert (found.hashes, found.counts, found.left_out) == (
+            made.hashes,
+            made.counts,
+            made.left_out,
+        )
+        changed = TrialConfig.from_dict({**tiny_settings, "max_length": 60})
+        with pytest.raises(AssertionError, match="made again"):
+            load_splits(changed, tokenizer)
+        tokenizer.chat_template = str(tokenizer.chat_template) + " "
+        with pytest.raises(AssertionError, match="made again"):
+            load_splits(config, tokenizer)
+
+
+def test_a_changed_record_and_a_damaged_cache_are_made_again(
+    tiny_settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "data.jsonl"
+    file.write_text(Path(tiny_settings["dataset_name"]).read_text())
+    config = TrialConfig.from_dict({**tiny_settings, "dataset_name": str(file)})
+    tokenizer = load_tokenizer(config)
+    monkeypatch.setenv("LORALOOM_CACHE", str(tmp_path / "cache"))
+    made = load_splits(config, tokenizer)
+    (damaged,) = (tmp_path / "cache" / "examples").glob("*/train.parquet")
+    damaged.write_bytes(b"torn")
+    assert load_splits(config, tokenizer).train.to_list() == made.train.to_list()
+    file.write_text(file.read_text().replace("is even", "is not odd"))
+    assert load_splits(config, tokenizer).hashes != made.hashes

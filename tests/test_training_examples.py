@@ -1,5 +1,6 @@
 """The order of the data against the Trainer's own loader, and what a split looks like as arrays."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,9 @@ from hypothesis import strategies as st
 from training.examples import BatchOrder, Examples
 
 
-def trainer_order(num: int, batch: int, accumulation: int, seed: int, steps: int) -> list[list]:
+def trainer_order(
+    num: int, batch: int, accumulation: int, seed: int, steps: int, directory: Path
+) -> list[list[int]]:
     """Which examples transformers.Trainer trains on, step by step."""
     seen: list[list[int]] = []
 
@@ -29,7 +32,7 @@ def trainer_order(num: int, batch: int, accumulation: int, seed: int, steps: int
     trainer: Any = transformers.Trainer(
         model=Recorder(),
         args=transformers.TrainingArguments(
-            output_dir="unused",
+            output_dir=str(directory),
             max_steps=steps,
             per_device_train_batch_size=batch,
             gradient_accumulation_steps=accumulation,
@@ -49,8 +52,10 @@ def trainer_order(num: int, batch: int, accumulation: int, seed: int, steps: int
 @pytest.mark.parametrize(
     ("num", "batch", "accumulation"), [(10, 3, 1), (10, 3, 2), (7, 2, 3), (5, 8, 2)]
 )
-def test_batches_are_those_of_the_trainer(num: int, batch: int, accumulation: int) -> None:
-    theirs = trainer_order(num, batch, accumulation, seed=11, steps=9)
+def test_batches_are_those_of_the_trainer(
+    num: int, batch: int, accumulation: int, tmp_path: Path
+) -> None:
+    theirs = trainer_order(num, batch, accumulation, 11, 9, tmp_path)
     order = BatchOrder(num, batch, accumulation, 11)
     ours = [indices.tolist() for step in range(9) for indices in order.micro_batches(step)]
     assert ours == theirs

@@ -1,17 +1,21 @@
-"""Examples for one trial: load -> messages -> three-way split -> tokens and labels.
+"""Examples for one trial: load -> messages -> three-way split -> tokens and labels, kept for the next start.
 
 The split comes before everything else and depends on each conversation's content alone: a duplicate
 cannot sit on two sides, and neither the order of the file nor a new record moves another one.
 `train` teaches, `validation` gives `eval/loss` and chooses, `test` is scored once.
 """
 
+import contextlib
 import hashlib
 import json
 import unicodedata
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
+import transformers
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
@@ -20,8 +24,21 @@ from training.config import TrialConfig
 from training.exceptions import DataError
 from training.formats import Messages, to_messages
 from training.model import end_token_ids, resolve_model
+from training.paths import cache_dir, read_json, write_directory, write_json
 from training.sources import iter_records
 
+_VERSION = 1
+"""Of what is made from a record; another number makes the cache anew."""
+
+_SETTINGS = (
+    "dataset_name",
+    "dataset_train_split",
+    "validation_fraction",
+    "test_fraction",
+    "max_eval_samples",
+    "max_length",
+)
+_FACTS = "facts.json"
 _TOKENIZE_BATCH = 1000
 _SPLITS = ("train", "validation", "test")
 
@@ -55,7 +72,10 @@ class _Example:
 
 
 def load_splits(config: TrialConfig, tokenizer: PreTrainedTokenizerBase) -> DataSplits:
-    """Reads, splits and tokenises the dataset.
+    """Reads, splits and tokenises the dataset, or takes from the cache what an earlier start made of it.
+
+    The cache is found by the records themselves, the tokenizer with its template, and the settings that
+    enter: whatever changes one of them makes other examples.
 
     Raises:
         DataError: it is missing or empty, a record has an unknown format, a split is empty, or no
@@ -63,6 +83,18 @@ def load_splits(config: TrialConfig, tokenizer: PreTrainedTokenizerBase) -> Data
     """
     end_ids = sorted(end_token_ids(tokenizer, resolve_model(config)))
     end_tokens = [str(tokenizer.convert_ids_to_tokens(index)) for index in end_ids]
+    cached = cache_dir() / "examples" / _fingerprint(config, tokenizer, end_tokens)
+    if (cached / _FACTS).is_file():
+        with contextlib.suppress(OSError, ValueError, KeyError):  # damaged: make it again
+            return _load(cached)
+    splits = _make_splits(config, tokenizer, end_tokens)
+    write_directory(cached, lambda draft: _save(splits, draft))
+    return splits
+
+
+def _make_splits(
+    config: TrialConfig, tokenizer: PreTrainedTokenizerBase, end_tokens: list[str]
+) -> DataSplits:
     renderer = ChatRenderer(tokenizer, end_tokens)
     left_out: dict[str, int] = {}
     texts: dict[str, dict[str, Rendered]] = {name: {} for name in _SPLITS}
@@ -94,6 +126,35 @@ def load_splits(config: TrialConfig, tokenizer: PreTrainedTokenizerBase) -> Data
         counts={name: len(examples[name]) for name in _SPLITS},
         left_out={**left_out, **dropped},
     )
+
+
+def _fingerprint(
+    config: TrialConfig, tokenizer: PreTrainedTokenizerBase, end_tokens: list[str]
+) -> str:
+    digest = hashlib.sha256(f"{_VERSION} {transformers.__version__}".encode())
+    settings = [getattr(config, name) for name in _SETTINGS]
+    facts = [settings, end_tokens, tokenizer.chat_template, repr(tokenizer)]
+    digest.update(json.dumps(facts).encode())
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    digest.update((backend.to_str() if backend else "").encode())
+    for _, record in iter_records(config):
+        digest.update(json.dumps(record, sort_keys=True, default=str).encode())
+    return digest.hexdigest()[:32]
+
+
+def _save(splits: DataSplits, directory: Path) -> None:
+    for name in _SPLITS:
+        getattr(splits, name).to_parquet(directory / f"{name}.parquet")
+    facts = {"hashes": splits.hashes, "counts": splits.counts, "left_out": splits.left_out}
+    write_json(directory / _FACTS, facts)
+
+
+def _load(directory: Path) -> DataSplits:
+    datasets = {
+        name: Dataset(pq.read_table(directory / f"{name}.parquet"))  # no second copy in HF's cache
+        for name in _SPLITS
+    }
+    return DataSplits(**datasets, **read_json(directory / _FACTS))
 
 
 def content_hash(messages: Messages) -> str:

@@ -221,11 +221,11 @@ class PackedLora:
     def _put(
         self, adapter: Adapter, group: _Group, member: int, letter: str, view: torch.Tensor
     ) -> None:
-        weight = getattr(group.members[member], letter)[adapter.name].weight
+        layer = getattr(group.members[member], letter)[adapter.name]
         # On a 4-bit base TRL rounds a new adapter to bfloat16; ours starts there, and goes on in float32.
-        start = weight.data if group.is_plain else weight.data.bfloat16()
+        start = layer.weight.data if group.is_plain else layer.weight.data.bfloat16()
         view.copy_(start)
-        weight.data = view
+        layer.weight = nn.Parameter(view, requires_grad=False)
         adapter.layout.append((f"{group.names[member]}.{letter}", tuple(view.shape)))
 
 
