@@ -10,20 +10,23 @@ import functools
 import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from deploy.decoder import Decoder, open_decoder
 from deploy.llama_cpp_wheel import num_cores
 from training.exceptions import ModelError
 
 NOT_SUPERVISED = -100
 GGML_LOG_LEVEL_ERROR = 4
-BATCH_TOKENS = 256
-"""Tokens decoded at once; bounds the logits that are held (256 x vocabulary x 4 bytes)."""
+MOST_DECODERS = 8
+"""Contexts that score examples at the same time: each holds logits of its own."""
 
 
 def load_llama_cpp() -> Any:
@@ -77,17 +80,11 @@ def open_gguf(path: Path, num_ctx: int, num_threads: int | None = None) -> Itera
     if not model:
         raise ModelError(f"{path}: llama.cpp cannot load this file as a GGUF model{last_error()}")
     try:
-        params = llama_cpp.llama_context_default_params()
-        params.n_ctx, params.n_batch, params.n_ubatch = num_ctx, BATCH_TOKENS, BATCH_TOKENS
-        params.n_threads = params.n_threads_batch = threads
-        context = llama_cpp.llama_init_from_model(model, params)
-        if not context:
-            raise ModelError(f"{path}: llama.cpp cannot make a context of {num_ctx} tokens")
-        try:
+        # One core is left to others: what waits at each of its thousand operations for a thread whose
+        # core is taken writes a token in seconds.
+        with open_decoder(llama_cpp, path, model, num_ctx, max(1, threads - 1)) as decoder:
             vocab = llama_cpp.llama_model_get_vocab(model)
-            yield GgufModel(llama_cpp, path, model, context, vocab)
-        finally:
-            llama_cpp.llama_free(context)
+            yield GgufModel(llama_cpp, path, model, vocab, decoder, num_ctx, threads)
     finally:
         llama_cpp.llama_model_free(model)
 
@@ -115,12 +112,10 @@ class GgufModel:
     llama_cpp: Any
     path: Path
     model: Any
-    context: Any
     vocab: Any
-
-    @property
-    def num_vocab(self) -> int:
-        return self.llama_cpp.llama_vocab_n_tokens(self.vocab)
+    decoder: Decoder
+    num_ctx: int
+    num_threads: int
 
     @property
     def num_params(self) -> int:
@@ -177,75 +172,90 @@ class GgufModel:
         return self.tokenize(render_chat(template, bos, eos, messages), add_special=False)
 
     def example_losses(self, examples: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
-        """Per-example losses: `example_id`, `loss_sum` (nats over supervised tokens), `num_tokens`."""
-        rows = []
-        for example in examples:
-            ids = np.asarray(example["input_ids"], np.int64)
-            labels = np.asarray(example["labels"], np.int64)[1:]
-            supervised = labels != NOT_SUPERVISED
-            loss = self._loss_sum(ids[:-1], labels, supervised)
-            rows.append((example["example_id"], loss, int(supervised.sum())))
-        return pd.DataFrame(rows, columns=["example_id", "loss_sum", "num_tokens"])
+        """Per-example losses: `example_id`, `loss_sum` (nats over supervised tokens), `num_tokens`.
+
+        Every core scores examples of its own: threads of one context would wait for each other, as
+        above. What all examples begin with is computed once.
+        """
+        rows = [_Row.of(example) for example in examples]
+        prefix = _shared_prefix(rows)
+        free: SimpleQueue[Decoder] = SimpleQueue()
+        with contextlib.ExitStack() as stack:
+            for decoder in self._scorers(stack, len(rows)):
+                decoder.keep_prefix(prefix)
+                free.put(decoder)
+
+            def score(row: _Row) -> float:
+                decoder = free.get()
+                try:
+                    return decoder.loss_sum(row.input_ids, row.targets, row.supervised)
+                finally:
+                    free.put(decoder)
+
+            # Longest first: the others fill what is left at the end.
+            order = sorted(range(len(rows)), key=lambda n: -len(rows[n].input_ids))
+            pool = stack.enter_context(ThreadPoolExecutor(max(1, free.qsize())))
+            losses = pool.map(score, [rows[n] for n in order])
+            by_row = dict(zip(order, losses, strict=True))
+        return pd.DataFrame(
+            [(row.example_id, by_row[n], int(row.supervised.sum())) for n, row in enumerate(rows)],
+            columns=["example_id", "loss_sum", "num_tokens"],
+        )
 
     def generate(self, prompt: Sequence[int], max_tokens: int) -> list[int]:
         """Most likely continuation, with the end token if one was reached."""
-        self._forget()
-        logits = self._decode(prompt, 0, [False] * (len(prompt) - 1) + [True])
         tokens: list[int] = []
-        while True:
-            tokens.append(int(logits[-1].argmax()))
-            if self.is_end(tokens[-1]) or len(tokens) == max_tokens:
-                return tokens
-            logits = self._decode(tokens[-1:], len(prompt) + len(tokens) - 1, [True])
+        for token in self.decoder.next_tokens(prompt):
+            tokens.append(token)
+            if self.is_end(token) or len(tokens) == max_tokens:
+                break
+        return tokens
+
+    def _scorers(self, stack: contextlib.ExitStack, num_rows: int) -> list[Decoder]:
+        """Decoders that share the cores."""
+        # A GPU is one device, however many ask it.
+        most = 1 if self.llama_cpp.llama_supports_gpu_offload() else MOST_DECODERS
+        count = min(self.num_threads, most, num_rows)
+        return [
+            stack.enter_context(
+                open_decoder(
+                    self.llama_cpp, self.path, self.model, self.num_ctx, self.num_threads // count
+                )
+            )
+            for _ in range(count)
+        ]
 
     def _token_text(self, token: int) -> str:
         if token < 0:
             return ""
         return self.llama_cpp.llama_vocab_get_text(self.vocab, token).decode("utf-8")
 
-    def _loss_sum(self, input_ids: np.ndarray, labels: np.ndarray, supervised: np.ndarray) -> float:
-        self._forget()
-        loss = 0.0
-        for start in range(0, len(input_ids), BATCH_TOKENS):
-            part = slice(start, start + BATCH_TOKENS)
-            logits_SV = self._decode(input_ids[part], start, supervised[part])
-            wanted = labels[part][supervised[part]]
-            peak = logits_SV.max(axis=1, keepdims=True, initial=-np.inf)
-            total = np.exp(logits_SV - peak).sum(axis=1, dtype=np.float64)
-            chosen = np.take_along_axis(logits_SV, wanted[:, None], axis=1)
-            loss += float((np.log(total) + (peak - chosen)[:, 0]).sum())
-        return loss
 
-    def _forget(self) -> None:
-        memory = self.llama_cpp.llama_get_memory(self.context)
-        self.llama_cpp.llama_memory_clear(memory, True)
+@dataclass(frozen=True)
+class _Row:
+    """One example, up to the last token that has a supervised successor."""
 
-    def _decode(self, tokens: Sequence[int] | np.ndarray, position: int, wanted: Any) -> np.ndarray:
-        """Logits after those tokens that are `wanted`, one row each; a copy."""
-        rows = []
-        for start in range(0, len(tokens), BATCH_TOKENS):
-            part = slice(start, start + BATCH_TOKENS)
-            rows.append(self._decode_batch(tokens[part], position + start, wanted[part]))
-        return rows[0] if len(rows) == 1 else np.concatenate(rows)
+    example_id: str
+    input_ids: np.ndarray
+    targets: np.ndarray
+    """The token after each."""
+    supervised: np.ndarray
 
-    def _decode_batch(self, tokens: Any, position: int, wanted: Any) -> np.ndarray:
-        num_tokens = len(tokens)
-        batch = self.llama_cpp.llama_batch_init(num_tokens, 0, 1)
-        try:
-            batch.n_tokens = num_tokens
-            for index in range(num_tokens):
-                batch.token[index] = int(tokens[index])
-                batch.pos[index] = position + index
-                batch.n_seq_id[index] = 1
-                batch.seq_id[index][0] = 0
-                batch.logits[index] = bool(wanted[index])
-            status = self.llama_cpp.llama_decode(self.context, batch)
-        finally:
-            self.llama_cpp.llama_batch_free(batch)
-        if status:
-            raise ModelError(f"{self.path}: llama.cpp's decode failed with status {status}")
-        num_rows = int(np.count_nonzero(wanted))
-        if not num_rows:
-            return np.zeros((0, self.num_vocab), np.float32)
-        logits = self.llama_cpp.llama_get_logits(self.context)
-        return np.ctypeslib.as_array(logits, shape=(num_rows, self.num_vocab)).copy()
+    @classmethod
+    def of(cls, example: Mapping[str, Any]) -> "_Row":
+        ids = np.asarray(example["input_ids"], np.int64)
+        targets = np.asarray(example["labels"], np.int64)[1:]
+        supervised = targets != NOT_SUPERVISED
+        end = int(supervised.nonzero()[0][-1]) + 1 if supervised.any() else 0
+        return cls(example["example_id"], ids[:end], targets[:end], supervised[:end])
+
+
+def _shared_prefix(rows: Sequence[_Row]) -> np.ndarray:
+    """What all rows begin with, as far as nothing in it is supervised."""
+    scored = [row for row in rows if len(row.input_ids)]
+    if len(scored) < 2:
+        return np.zeros(0, np.int64)
+    length = min(int(row.supervised.argmax()) for row in scored)
+    heads = np.stack([row.input_ids[:length] for row in scored])
+    differs = (heads != heads[0]).any(axis=0)
+    return heads[0][: int(differs.argmax()) if differs.any() else length]
