@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
 from training.cli import run_command
 from training.exceptions import ConfigError
@@ -61,6 +62,27 @@ def test_a_wrong_option_is_one_line_and_status_2(
     [
         (ConfigError("x is 1, but must be 2"), 2, "error: x is 1, but must be 2\n"),
         (OSError(errno.ENOSPC, "full", "a/b"), 2, "error: a/b: no space left on the disk\n"),
+        (OSError(errno.EDQUOT, "quota"), 2, "error: output: no space left on the disk\n"),
+        (
+            SafetensorError("I/O error: No space left on device (os error 28)"),
+            2,
+            "error: output: no space left on the disk\n",
+        ),
+        (
+            SafetensorError("I/O error: Disk quota exceeded (os error 122)"),
+            2,
+            "error: output: no space left on the disk\n",
+        ),
+        (
+            PermissionError(errno.EACCES, "Permission denied", "a"),
+            2,
+            "error: a: Permission denied\n",
+        ),
+        (PermissionError(errno.EPERM, "Not permitted", b"a"), 2, "error: a: Not permitted\n"),
+        (OSError(errno.EROFS, "Read-only", "a"), 2, "error: a: Read-only\n"),
+        (NotADirectoryError(errno.ENOTDIR, "No directory", "a"), 2, "error: a: No directory\n"),
+        (FileExistsError(errno.EEXIST, "File exists", "a"), 2, "error: a: File exists\n"),
+        (OSError(errno.ENAMETOOLONG, "Too long", "a"), 2, "error: a: Too long\n"),
         (KeyboardInterrupt(), 130, "\ninterrupted; the same command continues\n"),
     ],
 )
@@ -76,9 +98,18 @@ def test_an_error_of_the_users_ends_a_command_with_one_line(
     assert capsys.readouterr().err == line
 
 
-def test_a_fault_of_ours_keeps_its_traceback() -> None:
+@pytest.mark.parametrize(
+    "fault",
+    [
+        ZeroDivisionError(),
+        FileNotFoundError(errno.ENOENT, "No such file", "a"),
+        PermissionError(errno.EACCES, "Permission denied"),  # of no file: the user sees no reason
+        SafetensorError("Error while deserializing header: HeaderTooLarge"),
+    ],
+)
+def test_a_fault_of_ours_keeps_its_traceback(fault: Exception) -> None:
     def main() -> None:
-        raise ZeroDivisionError
+        raise fault
 
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(type(fault)):
         run_command(main)

@@ -8,15 +8,21 @@ import argparse
 import copy
 import dataclasses
 import errno
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
+from safetensors import SafetensorError
 from transformers.hf_argparser import HfArgumentParser
 
 from training.exceptions import LoraloomError, nearest
 
 _METAVARS = {int: "N", float: "X", str: "TEXT"}
+_FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
+_REFUSED_PATH = (
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG,
+)  # fmt: skip
 _SIGNS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
 
 
@@ -102,7 +108,7 @@ def parse(parser: CommandParser, args: Sequence[str] | None = None) -> tuple[Any
 
 
 def run_command(main: Callable[[], object]) -> NoReturn:
-    """Runs `main` and ends the process: 0, 2 for a `LoraloomError` or a full disk, 130 for Ctrl-C."""
+    """Runs `main` and ends the process: 0, 2 for what the user can change, 130 for Ctrl-C."""
     try:
         main()
     except LoraloomError as error:
@@ -111,9 +117,22 @@ def run_command(main: Callable[[], object]) -> NoReturn:
     except KeyboardInterrupt:
         print("\ninterrupted; the same command continues", file=sys.stderr)
         sys.exit(130)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    except (OSError, SafetensorError) as error:
+        problem = _disk_problem(error)
+        if problem is None:
             raise
-        print(f"error: {error.filename or 'output'}: no space left on the disk", file=sys.stderr)
+        print(f"error: {problem}", file=sys.stderr)
         sys.exit(2)
     sys.exit(0)
+
+
+def _disk_problem(error: OSError | SafetensorError) -> str | None:
+    """What a full disk or a forbidden path is to the user; None for a fault of ours."""
+    if isinstance(error, SafetensorError):  # which has the system's error in its text alone
+        is_full = any(f"os error {code}" in str(error) for code in _FULL_DISK)
+        return "output: no space left on the disk" if is_full else None
+    if error.errno in _FULL_DISK:
+        return f"{error.filename or 'output'}: no space left on the disk"
+    if error.errno in _REFUSED_PATH and error.filename is not None:
+        return f"{os.fsdecode(error.filename)}: {error.strerror}"
+    return None
