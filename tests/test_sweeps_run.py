@@ -66,6 +66,7 @@ def quick_jobs(next_job, done, *, engine, options):
             shutil.rmtree(job.paths.root, ignore_errors=True)
         try:
             outcome = trial(job.config, job.paths, info=job.info, options=options)
+            options.display.num_steps += job.config.max_steps
         except Exception as error:
             if isinstance(error, OSError) and error.errno == errno.ENOSPC:
                 raise
@@ -375,6 +376,30 @@ def test_a_lost_study_is_an_error_and_not_a_new_start(run):
     run.paths.study.unlink()
     with pytest.raises(SweepError, match=r"has trials, but study.db is missing"):
         run(ONE_FACTOR)
+
+
+def test_trials_in_flight_at_once_give_the_same_sweep(quick_trial, run):
+    """Three slots: the combination waits for all the others, and nothing is tried twice."""
+    record = run(ONE_FACTOR, slots=3)
+    assert [trial.name for trial in record.trials][-1] == "combination"
+    assert quick_trial.started == [0, 1, 2, 3, 4, 5]
+    assert len(set(points(record))) == len(points(record)) == 6
+    assert record.trials[-1].params == {"max_steps": 3, "lora_r": 16}
+
+
+def test_a_grid_with_several_slots_trains_each_point_once(quick_trial, run):
+    record = run(GRID, slots=4)
+    assert len(set(points(record))) == len(record.trials) == 6
+    assert len(quick_trial.started) == 6
+
+
+def test_a_point_that_is_running_already_is_not_trained_a_second_time(quick_trial, run):
+    text = GRID.replace("method: grid", "method: random\nrun_cap: 12")
+    record = run(text, slots=4)
+    assert len(record.trials) == 12
+    distinct = len(set(points(record)))
+    assert len(quick_trial.started) == distinct < 12
+    assert sum("same_as" in trial.result for trial in record.trials) == 12 - distinct
 
 
 def test_a_second_runner_is_told_who_runs_the_sweep(run):

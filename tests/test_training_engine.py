@@ -343,3 +343,20 @@ def test_a_step_on_another_device_mixes_no_devices(monkeypatch: pytest.MonkeyPat
     assert {tensor.device.type for tensor in [row.ids_T, loss_N, *grads] if tensor is not None} == {
         "meta"
     }
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_the_demo_model_in_a_pack_equals_trl_over_fifty_steps(tmp_path: Path) -> None:
+    from training.config import TrialConfig
+    from training.data import load_splits
+    from training.model import load_model, load_tokenizer
+
+    torch.set_num_threads(2)
+    common = {"max_length": 256, "per_device_train_batch_size": 2, "max_eval_samples": 48}
+    config = TrialConfig.from_dict({**common, "max_steps": 50, "learning_rate": 1e-3})
+    mate = TrialConfig.from_dict({**common, "max_steps": 50, "lora_r": 4, "seed": 1})
+    train = load_splits(config, load_tokenizer(config)).train
+    reference = run_alone(config, load_model(config), tmp_path / "trl", train)
+    run, _ = run_packed([config, mate], load_model(config), tmp_path, train)
+    np.testing.assert_allclose(run.steps, reference.steps, rtol=1e-4)

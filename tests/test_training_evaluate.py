@@ -6,7 +6,7 @@ import torch
 import transformers
 from datasets import Dataset
 
-from training import evaluate
+from training import head
 from training.evaluate import example_losses, mean_loss
 from training.exceptions import ModelError
 
@@ -77,7 +77,7 @@ def test_losses_equal_the_models_own(config: Any) -> None:
 def test_losses_do_not_depend_on_batch_size_or_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     model, examples = make_model(ARCHITECTURES[0]), make_examples()
     whole = example_losses(model, examples, batch_size=7)
-    monkeypatch.setattr(evaluate, "MAX_LOGITS", 97 * 2)  # two positions at a time
+    monkeypatch.setattr(head, "MAX_LOGITS", 97 * 2)  # two positions at a time
     pd.testing.assert_frame_equal(example_losses(model, examples, batch_size=1), whole, rtol=1e-5)
 
 

@@ -185,18 +185,31 @@ def test_one_trial_that_does_not_fit_says_what_to_change(
     assert "lower per_device_train_batch_size or max_length" in queue.result(0)["reason"]
 
 
-def test_a_diverging_trial_fails_and_its_mates_finish(
+def test_a_diverging_trial_leaves_eight_results_as_they_are_without_it(
     make: Callable[..., TrialConfig], tmp_path: Path
 ) -> None:
-    wild = make(learning_rate=1e30, max_grad_norm=0)
-    queue = Queue(tmp_path, [make(), wild, make(seed=2)])
-    queue.run(slots=3)
-    assert [queue.result(number)["state"] for number in range(3)] == [
-        "complete", "failed", "complete",
-    ]  # fmt: skip
-    assert "at step" in queue.result(1)["reason"]
-    alone = run_trial(make(), TrialPaths(tmp_path / "alone"), report_to="none")
-    assert queue.result(0)["eval/loss"] == pytest.approx(alone["eval/loss"], rel=1e-5)
+    sound = [make(seed=seed, lora_r=2 + seed) for seed in range(8)]
+    expected = Queue(tmp_path / "without", sound)
+    expected.run(slots=8)
+    wild = make(learning_rate=1e6, max_grad_norm=0)
+    queue = Queue(tmp_path / "with", [*sound[:4], wild, *sound[4:]])
+    queue.run(slots=9)
+    results = [queue.result(number) for number in range(9)]
+    broken = results.pop(4)
+    assert broken["state"] == "failed" or broken["eval/loss"] > max(r["eval/loss"] for r in results)
+    for number, result in enumerate(results):
+        assert result["state"] == "complete"
+        theirs = expected.result(number)["eval/loss"]
+        assert result["eval/loss"] == pytest.approx(theirs, rel=1e-5)
+
+
+def test_a_loss_that_is_not_finite_fails_its_trial_with_the_step(
+    make: Callable[..., TrialConfig], tmp_path: Path
+) -> None:
+    queue = Queue(tmp_path, [make(learning_rate=1e30, max_grad_norm=0), make()])
+    queue.run(slots=2)
+    assert [queue.result(number)["state"] for number in (0, 1)] == ["failed", "complete"]
+    assert "at step" in queue.result(0)["reason"]
 
 
 def test_a_fault_of_one_trial_is_not_its_mates(

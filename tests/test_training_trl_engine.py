@@ -1,3 +1,5 @@
+"""Both engines against plain TRL on conversations, and what each leaves in a trial's directory."""
+
 import json
 import math
 from pathlib import Path
@@ -15,6 +17,8 @@ from trl.trainer.sft_trainer import SFTTrainer
 from training.config import TrialConfig
 from training.data import load_splits
 from training.evaluate import example_losses, mean_loss
+from training.exceptions import ModelError
+from training.job import Engine
 from training.model import load_model, load_tokenizer
 from training.paths import TrialPaths, read_json
 from training.run import run_trial
@@ -41,12 +45,17 @@ def config(tiny_settings: dict[str, Any]) -> TrialConfig:
     )
 
 
+@pytest.fixture(scope="module", params=["packed", "trl"])
+def engine(request: pytest.FixtureRequest) -> Engine:
+    return request.param
+
+
 @pytest.fixture(scope="module")
 def trained(
-    config: TrialConfig, tmp_path_factory: pytest.TempPathFactory
+    config: TrialConfig, engine: Engine, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[TrialPaths, dict[str, Any]]:
-    paths = TrialPaths(tmp_path_factory.mktemp("trl") / "0000")
-    return paths, run_trial(config, paths, report_to="none")
+    paths = TrialPaths(tmp_path_factory.mktemp(engine) / "0000")
+    return paths, run_trial(config, paths, report_to="none", engine=engine)
 
 
 def test_the_adapter_in_plain_peft_has_the_reported_loss(
@@ -164,22 +173,40 @@ def test_the_result_counts_tokens_without_padding(
 
 
 def test_a_second_trial_in_the_process_starts_from_the_same_base(
-    config: TrialConfig, trained: tuple[TrialPaths, dict[str, Any]], tmp_path: Path
+    config: TrialConfig,
+    engine: Engine,
+    trained: tuple[TrialPaths, dict[str, Any]],
+    tmp_path: Path,
 ) -> None:
     paths = TrialPaths(tmp_path / "0001")
-    run_trial(config, paths, report_to="none")
+    run_trial(config, paths, report_to="none", engine=engine)
     assert metrics_of(paths, "train/loss") == metrics_of(trained[0], "train/loss")
     assert metrics_of(paths, "eval/loss") == metrics_of(trained[0], "eval/loss")
 
 
 def test_a_loss_that_is_not_finite_ends_the_trial_as_failed(
-    config: TrialConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    config: TrialConfig, engine: Engine, tmp_path: Path
 ) -> None:
     wild = TrialConfig.from_dict({**config.to_dict(), "learning_rate": 1e30, "max_grad_norm": 0})
     paths = TrialPaths(tmp_path / "0000")
-    result = run_trial(wild, paths, report_to="none")
+    result = run_trial(wild, paths, report_to="none", engine=engine)
     assert result["state"] == "failed"
     assert "at step" in result["reason"]
     assert result["num_steps"] < 10
     assert read_json(paths.result) == result
     assert all(math.isfinite(value) for value in result.values() if isinstance(value, float))
+
+
+def test_a_misspelt_target_module_is_the_users_error(
+    config: TrialConfig, engine: Engine, tmp_path: Path
+) -> None:
+    wrong = TrialConfig.from_dict({**config.to_dict(), "lora_target_modules": ["q_proj", "v_prj"]})
+    with pytest.raises(ModelError, match="lora_target_modules names 'v_prj'"):
+        run_trial(wrong, TrialPaths(tmp_path / "0000"), report_to="none", engine=engine)
+
+
+def test_bfloat16_on_a_cpu_trains(config: TrialConfig, engine: Engine, tmp_path: Path) -> None:
+    settings = {**config.to_dict(), "dtype": "bfloat16", "max_steps": 2}
+    paths = TrialPaths(tmp_path / "0000")
+    result = run_trial(TrialConfig.from_dict(settings), paths, report_to="none", engine=engine)
+    assert result["eval/loss"] < result["base_eval/loss"]

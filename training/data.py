@@ -144,7 +144,7 @@ def _fingerprint(
 
 def _save(splits: DataSplits, directory: Path) -> None:
     for name in _SPLITS:
-        getattr(splits, name).to_parquet(directory / f"{name}.parquet")
+        pq.write_table(getattr(splits, name).data.table, directory / f"{name}.parquet")
     facts = {"hashes": splits.hashes, "counts": splits.counts, "left_out": splits.left_out}
     write_json(directory / _FACTS, facts)
 

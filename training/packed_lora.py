@@ -117,7 +117,8 @@ class PackedLora:
             ModelError: the target modules are not there, or not linear layers.
         """
         targets = self.targets(config)
-        config.target_modules = targets
+        if config.target_modules == "all-linear":  # of the base model, not of the adapters in it
+            config.target_modules = self._short_names(targets)
         with torch.random.fork_rng(devices=_cuda_devices(self.model)), known_warnings():
             set_seed(seed)
             self.peft.add_adapter(name, config)
@@ -177,6 +178,14 @@ class PackedLora:
                 )
             targets += found
         return [name for name in self.names if name in set(targets)]
+
+    def _short_names(self, targets: list[str]) -> list[str]:
+        """Last parts of the names, as PEFT saves them, unless another module has one of them too."""
+        short = {name.rsplit(".", 1)[-1] for name in targets}
+        matching = [
+            name for name, _ in self.model.named_modules() if name.rsplit(".", 1)[-1] in short
+        ]
+        return sorted(short) if sorted(matching) == sorted(targets) else targets
 
     def _flatten(self, name: str, config: LoraConfig, targets: set[str]) -> Adapter:
         """Makes PEFT's new weights views of one vector, and tells the groups of them."""
