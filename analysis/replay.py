@@ -1,11 +1,13 @@
 """A trial's settings as the `trl sft` command that trains it without us."""
 
+import json
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from training.config import DEMO, TrialConfig
+from training.schedules import scheduler_kwargs
 
 # Settings with the same name and meaning on TRL's command line.
 _SHARED = (
@@ -40,6 +42,9 @@ def replay_command(config: TrialConfig) -> str:
         ("use_peft", ""),
     ]
     options += [(name, _text(getattr(config, name))) for name in _SHARED]
+    schedule = scheduler_kwargs(config)
+    if schedule:
+        options.append(("lr_scheduler_kwargs", shlex.quote(json.dumps(schedule))))
     options.append(("lora_target_modules", " ".join(map(shlex.quote, config.lora_target_modules))))
     options += [(name, "") for name in ("use_rslora", "load_in_4bit") if getattr(config, name)]
     if config.model_revision != "main":
