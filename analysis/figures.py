@@ -4,6 +4,7 @@
 """
 
 import logging
+import math
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -29,6 +30,7 @@ NO_CHROME = (
     "no PNGs: drawing them needs a Chrome; install Debian's chromium or run `plotly_get_chrome`, "
     "then repeat the command (report.html has the same pictures)"
 )
+NOT_DRAWN = "no PNGs: {}; report.html has the same pictures"
 
 
 @dataclass(frozen=True)
@@ -75,8 +77,8 @@ def make_figures(results: Results, effects: list[Effect]) -> dict[str, go.Figure
     return figures
 
 
-def write_images(figures: Mapping[str, go.Figure], directory: Path) -> bool:
-    """Writes NAME.png for each figure; False if there is no Chrome that starts."""
+def write_images(figures: Mapping[str, go.Figure], directory: Path) -> str | None:
+    """Writes NAME.png for each figure, or none; then it says why."""
     import kaleido
     from choreographer.errors import BrowserFailedError, ChromeNotFoundError
 
@@ -96,13 +98,16 @@ def write_images(figures: Mapping[str, go.Figure], directory: Path) -> bool:
         ]
         try:
             # Without this, kaleido's page waits for MathJax from the network.
-            kaleido.write_fig_from_object_sync(drawings, kopts={"mathjax": False})
+            errors = kaleido.write_fig_from_object_sync(drawings, kopts={"mathjax": False})
         except (ChromeNotFoundError, BrowserFailedError):
-            return False
+            return NO_CHROME
+        if errors:  # kaleido hands back what went wrong with a picture, and raises nothing
+            cause = str(errors[0]).strip() or type(errors[0]).__name__
+            return NOT_DRAWN.format(cause.splitlines()[0])
         for name in figures:
             drawn = Path(temporary) / f"{name}.png"
             write_atomic(directory / drawn.name, lambda path, drawn=drawn: _copy(drawn, path))
-    return True
+    return None
 
 
 def _copy(source: Path, target: Path) -> None:
@@ -116,6 +121,7 @@ def _get_comparison_info(results: Results) -> _ComparisonInfo:
     intervals = [
         None if trial is results.baseline else compare(trial, results.baseline) for trial in ranked
     ]
+    intervals = [i if i and math.isfinite(i.high) else None for i in intervals]
     known = any(intervals)
     return _ComparisonInfo(
         labels=_unique(

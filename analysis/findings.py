@@ -1,14 +1,28 @@
 """What a sweep says, in sentences no stronger than its data.
 
 With per-example held-out losses a difference is called real only if its 95 % interval excludes zero;
-without them (a CSV of train losses) nothing is, and the findings say so.
+one that was picked as the most extreme of several is tested as all of them (Bonferroni). Without such
+losses (a CSV of train losses) nothing is called real, and the findings say so.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
+import pandas as pd
+
 from analysis.load import Results, Trial
-from analysis.stats import Effect, Interval, difference_interval, improvement, main_effects
+from analysis.stats import (
+    MIN_EXAMPLES,
+    SEED,
+    Effect,
+    Interval,
+    corrected,
+    difference_interval,
+    improvement,
+    main_effects,
+    seed_noise,
+)
 
 
 @dataclass(frozen=True)
@@ -25,12 +39,7 @@ class Findings:
 
 def find(results: Results) -> Findings:
     """Reads the findings off the results."""
-    scored = results.scored
-    effects = main_effects(
-        [trial.params for trial in scored],
-        [trial.loss or 0.0 for trial in scored],
-        results.settings,
-    )
+    effects = main_effects(*_table(results))
     summary = [
         _best(results),
         *_ties(results),
@@ -38,16 +47,19 @@ def find(results: Results) -> Findings:
         *_effects(results, effects),
         *_at_the_edge(results),
         *_overfitting(results),
+        *_seed_noise(results),
     ]
     return Findings(summary, _caveats(results), effects)
 
 
-def compare(a: Trial, b: Trial) -> Interval | None:
-    """Interval of the loss of `a` minus that of `b`; None without per-example losses of both."""
-    losses_a, losses_b = a.example_losses(), b.example_losses()
-    if losses_a is None or losses_b is None or not _same_examples(a, b):
+def compare(a: Trial, b: Trial, num_comparisons: int = 1) -> Interval | None:
+    """Interval of the loss of `a` minus that of `b`; None without losses of both on the same examples.
+
+    The pair may have been picked as the most extreme of `num_comparisons`.
+    """
+    if a.examples != b.examples:
         return None
-    return difference_interval(losses_a, losses_b)
+    return _interval(a.example_losses(), b.example_losses(), num_comparisons)
 
 
 def value_text(value: Any) -> str:
@@ -73,20 +85,22 @@ def _best(results: Results) -> str:
         f"Best: {best.name} ({params_text(best.params, results.settings)}) with "
         f"{_loss_name(results)} {best.loss:.4f}"
     )
+    is_itself = results.baseline_note is None
     if best is baseline:
-        return f"{text}; it is the baseline itself."
+        return (
+            f"{text}; it {'is the baseline itself' if is_itself else 'stands in for the baseline'}."
+        )
     gain = improvement(best.loss or 0, baseline.loss or 0)
-    text += f", {gain:.1f} % below the baseline's {baseline.loss:.4f}"
-    interval = compare(best, baseline)
-    if interval is None:
-        return f"{text}."
-    real = "a real difference" if interval.excludes_zero else "which may be chance"
-    return f"{text}: {interval_text(interval)}, {real}."
+    whose = "the baseline's" if is_itself else f"that of {baseline.name},"
+    text += f", {gain:.1f} % below {whose} {baseline.loss:.4f}"
+    interval = compare(best, baseline, _num_trained(results) - 1)
+    return f"{text}{_verdict(interval)}."
 
 
 def _ties(results: Results) -> list[str]:
     best, *others = results.ranked
-    intervals = [(trial, compare(trial, best)) for trial in others if trial.same_as is None]
+    count = _num_trained(results) - 1
+    intervals = [(trial, compare(trial, best, count)) for trial in others if trial.same_as is None]
     known = [(trial, interval) for trial, interval in intervals if interval is not None]
     tied = [trial for trial, interval in known if not interval.excludes_zero]
     if tied:
@@ -112,10 +126,25 @@ def _against_base(results: Results) -> list[str]:
         f"{abs(improvement(best.loss, best.base_loss)):.1f} % "
         f"{'below' if best.loss < best.base_loss else 'ABOVE'} it"
     )
-    worse = [t.name for t in results.scored if t.loss and t.base_loss and t.loss >= t.base_loss]
+    text += _verdict(_against_own_base(best, _num_trained(results)))
+    worse, unclear = [], []
+    for trial in results.scored:
+        if trial.loss is None or trial.base_loss is None:
+            continue
+        interval = _against_own_base(trial, _num_trained(results))
+        if trial.loss >= trial.base_loss:
+            worse.append(trial.name)
+        elif interval is not None and not interval.excludes_zero and trial is not best:
+            unclear.append(trial.name)
     if worse:
         text += f". No better than the base model: {', '.join(worse)}"
+    if unclear:
+        text += f". Not to be told from the base model: {', '.join(unclear)}"
     return [f"{text}."]
+
+
+def _against_own_base(trial: Trial, num_comparisons: int) -> Interval | None:
+    return _interval(trial.example_losses(), trial.base_example_losses(), num_comparisons)
 
 
 def _effects(results: Results, effects: list[Effect]) -> list[str]:
@@ -133,19 +162,20 @@ def _effects(results: Results, effects: list[Effect]) -> list[str]:
         if rank == 0 and len(effects) > 1:
             text = f"Dominant setting: {text}"
         sentences.append(f"{text}{_effect_strength(results, group)}.")
-    missing = [
-        name for name in results.settings if name not in {effect.setting for effect in effects}
-    ]
+    known = {SEED, *(effect.setting for effect in effects)}
+    missing = [name for name in results.settings if name not in known]
     if missing:
+        all_same = len({trial.examples for trial in results.scored}) == 1
+        which = "trials" if all_same else "trials that were scored on the same examples"
         sentences.append(
-            f"No two trials differ in {' or '.join(missing)} alone, so its effect cannot be told."
+            f"No two {which} differ in {' or '.join(missing)} alone, so its effect cannot be told."
         )
     return sentences
 
 
 def _effect_strength(results: Results, group: dict[Any, int]) -> str:
     trials = sorted((results.scored[index] for index in group.values()), key=lambda t: t.loss or 0)
-    interval = compare(trials[-1], trials[0])
+    interval = compare(trials[-1], trials[0], len(trials) * (len(trials) - 1) // 2)
     if interval is None:
         return ""
     real = "real" if interval.excludes_zero else "not to be told from chance"
@@ -155,9 +185,11 @@ def _effect_strength(results: Results, group: dict[Any, int]) -> str:
 def _at_the_edge(results: Results) -> list[str]:
     sentences = []
     for name in results.settings:
-        if name == "seed":
+        if name == SEED:
             continue  # a higher one is another one, no more
-        values = sorted({t.params[name] for t in results.scored if _is_number(t.params.get(name))})
+        values = sorted(
+            {t.params[name] for t in results.compared if _is_number(t.params.get(name))}
+        )
         best = results.best.params.get(name)
         if len(values) < 2 or best not in (values[0], values[-1]):
             continue
@@ -170,16 +202,52 @@ def _at_the_edge(results: Results) -> list[str]:
 
 
 def _overfitting(results: Results) -> list[str]:
-    names = []
+    sentences = {
+        True: "while train loss went on falling: overfitting",
+        False: "and train loss did not go on falling: unstable",
+        None: "where no train losses tell whether that is overfitting",
+    }
+    found: dict[bool | None, list[str]] = {}
     for trial in results.scored:
-        at_best, at_end = trial.example_losses(), trial.last_example_losses()
-        if trial.same_as is not None or at_best is None or at_end is None:
+        if trial.same_as is not None:
             continue
-        if difference_interval(at_end, at_best).low > 0:
-            names.append(f"{trial.name} (best at step {trial.best_step} of {trial.num_steps})")
-    if not names:
+        evaluations = [line for line in trial.metrics() if line.get("eval/loss") is not None]
+        # The best step is the lowest of all evaluations, so that any other one looks higher.
+        interval = _interval(trial.last_example_losses(), trial.example_losses(), len(evaluations))
+        if interval is not None and interval.low > 0:
+            name = f"{trial.name} (best at step {trial.best_step} of {trial.num_steps})"
+            found.setdefault(_goes_on_falling(trial), []).append(name)
+    return [
+        f"Held-out loss rises again before the end in {', '.join(found[falls])}, {sentence}."
+        for falls, sentence in sentences.items()
+        if falls in found
+    ]
+
+
+def _goes_on_falling(trial: Trial) -> bool | None:
+    """Whether train loss after the best step is below that of as many steps before; None: not known."""
+    losses = [
+        (line["step"], line["train/loss"])
+        for line in trial.metrics()
+        if line.get("train/loss") is not None
+    ]
+    after = [loss for step, loss in losses if step > (trial.best_step or 0)]
+    before = [loss for step, loss in losses if step <= (trial.best_step or 0)][-len(after) :]
+    if not after or not before:
+        return None
+    return sum(after) / len(after) < sum(before) / len(before)
+
+
+def _seed_noise(results: Results) -> list[str]:
+    noise = seed_noise(*_table(results))
+    if noise is None:
         return []
-    return [f"Held-out loss rises again before the end in {', '.join(names)}: overfitting."]
+    return [
+        f"Noise level: trials that differ in the seed alone ({noise.num_trials} of "
+        f"{noise.num_groups} {'setting' if noise.num_groups == 1 else 'settings'}) have a standard "
+        f"deviation of {noise.standard_deviation:.4f} and differ by up to "
+        f"{noise.largest_range:.4f}: a smaller difference between settings may be the seed's."
+    ]
 
 
 def _caveats(results: Results) -> list[str]:
@@ -194,24 +262,30 @@ def _caveats(results: Results) -> list[str]:
             "order of near trials may be chance."
         )
         return caveats
-    seeds = {trial.record.settings.get("seed") for trial in results.scored if trial.record}
-    intervals = "Intervals are over held-out examples (paired bootstrap, 95 %)"
-    if len(seeds) == 1:
-        caveats.append(
-            f"{intervals}; every trial has the same seed ({seeds.pop()}), and another seed may move "
-            "a loss further than that."
-        )
-    else:
-        caveats.append(f"{intervals}.")
+    seeds = {trial.record.settings.get(SEED) for trial in results.scored if trial.record}
+    caveats.append(
+        "Intervals are over held-out examples (paired bootstrap, 95 %). In the findings, one that is "
+        "the most extreme of several is so wide that all of them hold together (Bonferroni); in table "
+        "and figure each stands for itself."
+    )
+    of_seeds = (
+        f"Every trial has the same seed ({seeds.pop()})"
+        if len(seeds) == 1
+        else "An interval does not hold what the seed does"
+    )
+    caveats.append(f"{of_seeds}: another seed may move a loss further than its interval.")
     caveats.append(
         "The best trial was chosen on these validation examples, which flatters it a little; the "
         "test split is scored once, at promotion."
     )
-    others = [t.name for t in results.scored if not _same_examples(t, results.best)]
+    if results.baseline_note:
+        caveats.append(results.baseline_note)
+    others = [trial.name for trial in results.scored if trial not in results.compared]
     if others:
         caveats.append(
             "Scored on other validation examples than the best trial (or on the same, cut or "
-            f"tokenised otherwise), so that their losses are not comparable: {', '.join(others)}."
+            "tokenised otherwise), so that their losses are not comparable: "
+            f"{', '.join(others)}."
         )
     unfinished = [trial for trial in results.trials if not trial.is_scored]
     if unfinished:
@@ -222,6 +296,8 @@ def _caveats(results: Results) -> list[str]:
 
 def interval_text(interval: Interval) -> str:
     """`-0.1234 [-0.2000, -0.0500]`."""
+    if math.isinf(interval.high):
+        return f"{interval.estimate:+.4f} [fewer than {MIN_EXAMPLES} examples]"
     return f"{interval.estimate:+.4f} [{interval.low:+.4f}, {interval.high:+.4f}]"
 
 
@@ -229,11 +305,37 @@ def _loss_name(results: Results) -> str:
     return "train loss" if results.sweep is None else "eval/loss"
 
 
-def _same_examples(a: Trial, b: Trial) -> bool:
-    """Another max_length, say, makes other examples: then losses are not comparable."""
-    if a.record is None or b.record is None:
-        return False
-    return a.record.result.get("validation_hash") == b.record.result.get("validation_hash")
+def _table(
+    results: Results,
+) -> tuple[list[dict[str, Any]], list[float], list[str], list[str | None]]:
+    """Arguments of `main_effects`: what is known of the scored trials."""
+    scored = results.scored
+    return (
+        [trial.params for trial in scored],
+        [trial.loss or 0.0 for trial in scored],
+        results.settings,
+        [trial.examples for trial in scored],
+    )
+
+
+def _num_trained(results: Results) -> int:
+    """Trials that can be the best one; a copy adds no chance of its own."""
+    return sum(trial.same_as is None for trial in results.compared)
+
+
+def _interval(
+    a: pd.DataFrame | None, b: pd.DataFrame | None, num_comparisons: int
+) -> Interval | None:
+    if a is None or b is None:
+        return None
+    return difference_interval(a, b, corrected(num_comparisons))
+
+
+def _verdict(interval: Interval | None) -> str:
+    if interval is None:
+        return ""
+    real = "a real difference" if interval.excludes_zero else "which may be chance"
+    return f": {interval_text(interval)}, {real}"
 
 
 def _is_number(value: Any) -> bool:

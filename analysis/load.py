@@ -6,6 +6,8 @@ no held-out data to have another one.
 
 import csv
 import math
+import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +45,11 @@ class Trial:
     """Number of the trial that this one is a copy of."""
     reason: str | None = None
     record: TrialRecord | None = None
+
+    @property
+    def examples(self) -> str | None:
+        """Hash of the validation examples: another max_length, say, makes others."""
+        return self.record.result.get("validation_hash") if self.record else None
 
     @property
     def is_scored(self) -> bool:
@@ -91,9 +98,17 @@ class Results:
         return [trial for trial in self.trials if trial.is_scored]
 
     @property
+    def compared(self) -> list[Trial]:
+        """The scored trials that can be ranked: those of the validation set that most have."""
+        sizes = Counter(trial.examples for trial in self.scored)
+        return [
+            trial for trial in self.scored if trial.examples == max(sizes, key=sizes.__getitem__)
+        ]
+
+    @property
     def ranked(self) -> list[Trial]:
-        """Scored trials, the lowest loss first; the first of equals."""
-        return sorted(self.scored, key=lambda trial: (trial.loss, trial.number))
+        """Compared trials, the lowest loss first; the first of equals."""
+        return sorted(self.compared, key=lambda trial: (trial.loss, trial.number))
 
     @property
     def best(self) -> Trial:
@@ -101,9 +116,26 @@ class Results:
 
     @property
     def baseline(self) -> Trial:
-        """The trial named baseline, else the first one that is scored."""
-        named = [trial for trial in self.scored if BASELINE in trial.name.lower()]
-        return (named or self.scored)[0]
+        """The trial called baseline; where it cannot be compared, the first one that can."""
+        compared = self.compared
+        return next((trial for trial in self._called_baseline if trial in compared), compared[0])
+
+    @property
+    def baseline_note(self) -> str | None:
+        """Why another trial stands in for the baseline; None where it is itself."""
+        called, baseline = self._called_baseline, self.baseline
+        if baseline in called:
+            return None
+        if not called:
+            return f"No trial is called baseline: {baseline.name} stands in for it."
+        first = called[0]
+        problem = "was scored on other examples" if first.is_scored else f"is {first.state}"
+        return f"The baseline, {first.name}, {problem}: {baseline.name} stands in for it."
+
+    @property
+    def _called_baseline(self) -> list[Trial]:
+        exact = [trial for trial in self.trials if trial.name.lower() == BASELINE]
+        return exact or [trial for trial in self.trials if _has_word(trial.name, BASELINE)]
 
     @property
     def minutes(self) -> float:
@@ -128,6 +160,11 @@ def load_source(path: str | Path) -> Results:
     if not results.scored:
         raise DataError(f"{path}: no trial has finished, so there is nothing to report on")
     return results
+
+
+def _has_word(name: str, word: str) -> bool:
+    # A trial without a name of its own is called by its parameters: dataset_name=baseline_v2.
+    return "=" not in name and word in re.split(r"[^a-z]+", name.lower())
 
 
 def _from_sweep(sweep: SweepRecord) -> Results:

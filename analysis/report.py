@@ -47,7 +47,7 @@ def report(source: Path, output_dir: Path | None = None) -> Path:
     Raises:
         SweepError, DataError: the source cannot be read, or has no finished trial.
     """
-    from analysis.figures import NO_CHROME, make_figures, write_images
+    from analysis.figures import make_figures, write_images
     from analysis.findings import find
     from analysis.load import load_source
     from analysis.page import to_html, to_markdown
@@ -69,11 +69,14 @@ def report(source: Path, output_dir: Path | None = None) -> Path:
     figures = make_figures(results, findings.effects)
     write_text(directory / "trials.csv", _trials_csv(results))
     write_text(directory / "report.html", to_html(page, figures))
-    has_images = write_images(figures, directory)
-    images = [f"{name}.png" for name in figures] if has_images else []
-    write_text(directory / "EXPERIMENT_REPORT.md", to_markdown(page, images))
-    if not has_images:
-        print(NO_CHROME)
+    # First without pictures: whatever drawing them does, the text is there.
+    write_text(directory / "EXPERIMENT_REPORT.md", to_markdown(page, []))
+    problem = write_images(figures, directory)
+    images = [] if problem else [f"{name}.png" for name in figures]
+    if problem:
+        print(problem)
+    else:
+        write_text(directory / "EXPERIMENT_REPORT.md", to_markdown(page, images))
     print(
         f"report: {directory / 'report.html'} (also {', '.join(['EXPERIMENT_REPORT.md', *images])})"
     )
@@ -104,8 +107,15 @@ def _make_page(results: "Results", findings: "Findings") -> "Page":
         caveats=findings.caveats,
         replay=replay,
         replay_notes=notes,
-        next_commands=[f"python -m deploy.promote {results.source}"] if is_sweep else [],
+        next_commands=[_promote_command(results)] if is_sweep else [],
     )
+
+
+def _promote_command(results: "Results") -> str:
+    command = f"python -m deploy.promote {results.source}"
+    # Promotion does not choose among trials that were scored on different examples.
+    all_same = len(results.compared) == len(results.scored)
+    return command if all_same else f"{command} --trial {results.best.number}"
 
 
 def _header(results: "Results") -> list[str]:
@@ -117,7 +127,6 @@ def _header(results: "Results") -> list[str]:
 
 def _row(results: "Results", trial: "Trial") -> list[str]:
     from analysis.findings import compare, interval_text, value_text
-    from analysis.stats import improvement
 
     baseline = results.baseline
     cells = [str(trial.number), trial.name]
@@ -127,15 +136,23 @@ def _row(results: "Results", trial: "Trial") -> list[str]:
         interval = compare(trial, baseline) if trial.is_scored and trial is not baseline else None
         cells.append(interval_text(interval) if interval else "")
         cells.append("" if trial.best_step is None else f"{trial.best_step:,}")
-    if trial is baseline or trial.loss is None or baseline.loss is None:
-        cells.append("baseline" if trial is baseline else "")
-    else:
-        cells.append(f"{improvement(trial.loss, baseline.loss):.1f}")
+    gain = _improvement(results, trial)
+    cells.append("baseline" if trial is baseline else "" if gain is None else f"{gain:.1f}")
     if trial.same_as is not None:
         cells.append(f"as trial {trial.same_as}")
     else:
         cells.append("" if trial.minutes is None else f"{trial.minutes:.1f}")
     return cells
+
+
+def _improvement(results: "Results", trial: "Trial") -> float | None:
+    """Percent against the baseline, of trials that can be compared with it."""
+    from analysis.stats import improvement
+
+    loss, baseline = trial.loss, results.baseline.loss
+    if trial not in results.compared or loss is None or baseline is None:
+        return None
+    return improvement(loss, baseline)
 
 
 def _print_page(page: "Page") -> None:
@@ -172,9 +189,6 @@ def _print_page(page: "Page") -> None:
 def _trials_csv(results: "Results") -> str:
     import pandas as pd
 
-    from analysis.stats import improvement
-
-    baseline = results.baseline.loss
     rows = [
         {
             "number": trial.number,
@@ -182,9 +196,7 @@ def _trials_csv(results: "Results") -> str:
             **{name: trial.params.get(name) for name in results.settings},
             "state": trial.state,
             "loss": trial.loss,
-            "improvement_percent": improvement(trial.loss, baseline)
-            if trial.loss is not None and baseline
-            else None,
+            "improvement_percent": _improvement(results, trial),
             "best_step": trial.best_step,
             "num_steps": trial.num_steps,
             "base_loss": trial.base_loss,

@@ -6,6 +6,7 @@ examples, so it is widened after Hesterberg (2015, The American Statistician 69:
 say how far the *data* could have moved a difference; another seed may move it further.
 """
 
+import math
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from training.exceptions import DataError
 MIN_EXAMPLES = 8
 """Of fewer examples the spread is too little known for any interval."""
 _RESAMPLED = 0.95
+SEED = "seed"
 
 
 @dataclass(frozen=True)
@@ -108,28 +110,76 @@ class Effect:
 
 
 def main_effects(
-    params: Sequence[dict[str, Any]], losses: Sequence[float], settings: Sequence[str]
+    params: Sequence[dict[str, Any]],
+    losses: Sequence[float],
+    settings: Sequence[str],
+    examples: Sequence[Hashable] | None = None,
 ) -> list[Effect]:
     """Effect of each setting, the largest first; a setting that no pair of trials isolates is left out.
 
     Args:
         params: settings by name, one dict a trial.
         losses: loss of each trial.
-        settings: names to look at.
+        settings: names to look at. The seed is none: what it does is noise (`seed_noise`).
+        examples: what each trial was scored on; only trials of the same are compared.
     """
     effects = []
     for setting in settings:
-        groups: dict[Hashable, dict[Any, int]] = {}
-        for index, values in enumerate(params):
-            others = tuple((name, repr(values.get(name))) for name in settings if name != setting)
-            # Of trials with the very same settings, the first one stands for them.
-            value = values.get(setting)
-            value = tuple(value) if isinstance(value, list) else value
-            groups.setdefault(others, {}).setdefault(value, index)
-        compared = [group for group in groups.values() if len(group) > 1]
-        if compared:
-            effects.append(_effect(setting, compared, losses))
+        groups = [] if setting == SEED else _groups(setting, params, settings, examples)
+        if groups:
+            effects.append(_effect(setting, groups, losses))
     return sorted(effects, key=lambda effect: -effect.spread)
+
+
+@dataclass(frozen=True)
+class SeedNoise:
+    """How far trials differ that have nothing but another seed."""
+
+    standard_deviation: float
+    """Pooled over the choices of the other settings."""
+    largest_range: float
+    num_trials: int
+    num_groups: int
+    """Choices of the other settings that were tried with more than one seed."""
+
+
+def seed_noise(
+    params: Sequence[dict[str, Any]],
+    losses: Sequence[float],
+    settings: Sequence[str],
+    examples: Sequence[Hashable] | None = None,
+) -> SeedNoise | None:
+    """What the seed does to the loss; None if no two trials differ in it alone. As `main_effects`."""
+    groups = _groups(SEED, params, settings, examples) if SEED in settings else []
+    if not groups:
+        return None
+    values = [np.array([losses[index] for index in group.values()]) for group in groups]
+    squares = sum(float(((group - group.mean()) ** 2).sum()) for group in values)
+    num_trials = sum(map(len, values))
+    return SeedNoise(
+        standard_deviation=math.sqrt(squares / (num_trials - len(values))),
+        largest_range=max(float(np.ptp(group)) for group in values),
+        num_trials=num_trials,
+        num_groups=len(values),
+    )
+
+
+def _groups(
+    setting: str,
+    params: Sequence[dict[str, Any]],
+    settings: Sequence[str],
+    examples: Sequence[Hashable] | None,
+) -> list[dict[Any, int]]:
+    """Value of the setting -> index, for trials that differ in nothing else; two at least."""
+    groups: dict[Hashable, dict[Any, int]] = {}
+    for index, values in enumerate(params):
+        others = tuple((name, repr(values.get(name))) for name in settings if name != setting)
+        scored_on = examples[index] if examples else None
+        # Of trials with the very same settings, the first one stands for them.
+        value = values.get(setting)
+        value = tuple(value) if isinstance(value, list) else value
+        groups.setdefault((others, scored_on), {}).setdefault(value, index)
+    return [group for group in groups.values() if len(group) > 1]
 
 
 def _effect(setting: str, groups: list[dict[Any, int]], losses: Sequence[float]) -> Effect:

@@ -109,7 +109,7 @@ def test_curves_start_at_the_base_model_and_skip_a_torn_line(sweep):
 @needs_chrome
 def test_pngs_are_drawn_by_one_browser(sweep, tmp_path):
     figures = figures_of(sweep.root)
-    assert write_images(figures, tmp_path / "drawn") is True
+    assert write_images(figures, tmp_path / "drawn") is None
     assert {path.name for path in (tmp_path / "drawn").iterdir()} == {
         "experiment_comparison.png",
         "loss_curves.png",
@@ -118,3 +118,25 @@ def test_pngs_are_drawn_by_one_browser(sweep, tmp_path):
     for path in (tmp_path / "drawn").iterdir():
         assert path.read_bytes().startswith(b"\x89PNG")
         assert path.stat().st_size > 10_000
+
+
+def test_a_picture_that_kaleido_could_not_draw_is_one_line_and_no_png(sweep, tmp_path, monkeypatch):
+    def write(drawings, **options):
+        return (ValueError("the page has crashed\nstack"),)
+
+    monkeypatch.setattr("kaleido.write_fig_from_object_sync", write)
+    problem = write_images(figures_of(sweep.root), tmp_path / "drawn")
+    assert problem == "no PNGs: the page has crashed; report.html has the same pictures"
+    assert not (tmp_path / "drawn").exists()
+
+
+def test_the_text_is_written_whatever_drawing_does(sweep, monkeypatch):
+    from analysis.report import report
+
+    def write(drawings, **options):
+        raise RuntimeError("a fault of the picture library")
+
+    monkeypatch.setattr("kaleido.write_fig_from_object_sync", write)
+    with pytest.raises(RuntimeError):
+        report(sweep.root)
+    assert "![" not in (sweep.report / "EXPERIMENT_REPORT.md").read_text()

@@ -9,7 +9,7 @@ import pytest
 from analysis.load import load_source
 from training.config import TrialConfig
 from training.exceptions import DataError, LoraloomError, SweepError
-from training.paths import SweepPaths, write_json, write_text
+from training.paths import SweepPaths, read_json, write_json, write_text
 
 NINE_RUNS = Path(__file__).parent / "data" / "nine_runs.csv"
 HEADER = "name,steps,lr,rank,loss,minutes\n"
@@ -87,6 +87,53 @@ def test_a_baseline_is_the_first_finished_trial_where_none_is_called_so(sweep):
     add_trial(sweep, 1, 16, 1.4)
     add_trial(sweep, 2, 32, 1.3)
     assert load_source(sweep.root).baseline.number == 1
+
+
+def add_named(sweep, number, name, loss=None, state="complete", **result):
+    paths = add_trial(sweep, number, 8 * (number + 1), loss, state, **result)
+    write_json(paths.config, read_json(paths.config) | {"name": name})
+
+
+@pytest.mark.parametrize(
+    ("names", "baseline"),
+    [
+        (["a", "baseline"], 1),
+        (["baseline_v2", "Baseline"], 1),
+        (["a", "my-baseline 2"], 1),
+        (["a", "dataset_name=baseline_v2"], 0),
+        (["a", "baselines"], 0),
+    ],
+)
+def test_a_baseline_is_called_so_and_not_by_its_parameters(sweep, names, baseline):
+    for number, name in enumerate(names):
+        add_named(sweep, number, name, 1.5)
+    results = load_source(sweep.root)
+    assert results.baseline.number == baseline
+    assert (results.baseline_note is None) == (baseline == 1)
+
+
+def test_a_baseline_that_cannot_be_compared_is_not_replaced_in_silence(sweep):
+    add_named(sweep, 0, "baseline", state="failed")
+    add_named(sweep, 1, "baseline_v2", 1.3)
+    results = load_source(sweep.root)
+    assert results.baseline.number == 1
+    assert (
+        results.baseline_note == "The baseline, baseline, is failed: baseline_v2 stands in for it."
+    )
+
+    add_named(sweep, 0, "baseline", 1.4, validation_hash="other")
+    add_named(sweep, 2, "more", 1.2)
+    results = load_source(sweep.root)
+    assert results.baseline.number == 1
+    assert "The baseline, baseline, was scored on other examples" in str(results.baseline_note)
+
+
+def test_trials_of_the_validation_set_that_most_have_are_ranked(sweep):
+    for number, (loss, examples) in enumerate([(1.0, "a"), (1.5, "b"), (1.4, "b"), (0.9, "c")]):
+        add_trial(sweep, number, 8 * (number + 1), loss, validation_hash=examples)
+    results = load_source(sweep.root)
+    assert [trial.number for trial in results.ranked] == [2, 1]
+    assert [trial.number for trial in results.scored] == [0, 1, 2, 3]
 
 
 def test_losses_per_example_are_those_of_the_best_step_and_of_the_base(sweep):
