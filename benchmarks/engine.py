@@ -204,6 +204,8 @@ def run_packed(config: Any, model: Any, train: Any, slots: int) -> dict[str, flo
         4 * (linear * tokens + head * targets) + 6 * adapter * tokens for tokens, targets in rows
     )
     numbers["gflop_per_trial_step"] = flop / STEPS / slots / 1e9
+    numbers["computed_tokens"] = round(sum(tokens for tokens, _ in rows) / STEPS / slots, 1)
+    numbers["supervised_tokens"] = round(sum(targets for _, targets in rows) / STEPS / slots, 1)
     return numbers
 
 
@@ -223,6 +225,7 @@ def per_step(times: list[float], num_tokens: int, slots: int = 1) -> dict[str, f
         "s_per_trial_step": round(elapsed / STEPS / slots, 4),
         "trial_steps_per_s": round(STEPS * slots / elapsed, 4),
         "tokens_per_s": round(num_tokens * slots / elapsed, 1),
+        "tokens": round(num_tokens / STEPS, 1),
     }
 
 
@@ -262,7 +265,14 @@ def table(results: dict[str, dict[str, dict[str, float]]]) -> str:
                 f"| {label} | {numbers['s_per_trial_step']:.3f} | {numbers['trial_steps_per_s']:.2f} | "
                 f"{ratio:.2f}× | {numbers['tokens_per_s']:.0f} | {numbers['memory_gib']:.2f} | {share} |"
             )
-        lines.append("")
+        one = engines["k1"]
+        lines += [
+            "",
+            f"A trial-step has {one['tokens']:.0f} tokens; {one['computed_tokens']:.0f} are left when "
+            f"common beginnings are computed once, and {one['supervised_tokens']:.0f} are supervised. "
+            f"Peak: {one['peak_gflop_per_s']:.0f} GFLOP/s.",
+            "",
+        ]
     return "\n".join(lines)
 
 
