@@ -16,19 +16,27 @@ import pandas as pd
 from datasets import Dataset
 from transformers import AutoConfig
 
-from analysis.stats import Interval
 from deploy.card import CardFacts, fallback_note, files_table, losses_table, write_card
 from deploy.export_gguf import export_gguf
 from deploy.manifest import write_manifest
-from deploy.merge import load_merged, merge_adapter
+from deploy.memory import count_parameters, full_precision_device
+from deploy.merge import Merge, load_merged, merge_adapter
 from deploy.modelfile import write_modelfile
 from deploy.quantize import UNQUANTIZED, Quantization, quantize
-from deploy.score import TestScore
-from deploy.verify import ADAPTER, BASE, MERGED, check_losses, verify_gguf
+from deploy.score import Comparison, TestScore, check_gate
+from deploy.verify import (
+    ADAPTER,
+    ADAPTER_4BIT,
+    BASE,
+    BASE_4BIT,
+    MERGED,
+    check_losses,
+    verify_gguf,
+)
 from sweeps.ledger import SweepRecord, TrialRecord
 from training.config import DEMO, TrialConfig
 from training.evaluate import example_losses
-from training.model import DEMO_MODEL_ID, end_token_ids
+from training.model import DEMO_MODEL_ID, end_token_ids, find_device
 from training.paths import PromotionPaths, write_json, write_text
 
 
@@ -52,8 +60,8 @@ class Evidence:
     counts: Mapping[str, int]
     """Examples in each split."""
     score: TestScore
-    interval: Interval
-    """Of test loss, adapter minus base."""
+    gate: Comparison
+    """Adapter and base on the test split, as they were trained."""
 
 
 @dataclass
@@ -79,14 +87,29 @@ def build_version(plan: Plan, evidence: Evidence, draft: PromotionPaths, times: 
     """Writes every file of the version into the draft.
 
     Raises:
-        GateError: a verification failed.
+        GateError: the merged model does not beat its base, or a verification failed.
         ModelError: llama.cpp's converter, quantiser or runtime failed.
     """
     config = plan.trial.config
     examples = evidence.test.select(range(min(plan.num_verify_examples, len(evidence.test))))
+    # The whole split where it decides whether what ships is better than its base.
+    scored = evidence.test if config.load_in_4bit else examples
     with times.stage("merge"):
+        device = full_precision_device(count_parameters(config))
         shutil.copytree(plan.trial.paths.adapter, draft.adapter)
-        merge = merge_adapter(config, draft.adapter, draft.merged, examples["input_ids"])
+        merge = merge_adapter(
+            config, draft.adapter, draft.merged, examples["input_ids"], scored, device
+        )
+    with times.stage("merged score"):
+        if device.type == "cpu" and find_device().type != "cpu":
+            print("(on the CPU: too large for the GPU in float32)", end="", flush=True)
+        model = load_merged(draft.merged, device)
+        merged = example_losses(model, scored, config.per_device_eval_batch_size)
+        del model
+    shipped = None
+    if merge.base is not None:
+        shipped = check_gate(merged, merge.base, "the merged model", "its full-precision base")
+        print(f"    merged {shipped.tuned:.4f}, base {shipped.base:.4f}: {shipped}")
     f16 = draft.gguf(plan.name, UNQUANTIZED)
     with times.stage("GGUF (f16)"):
         export_gguf(draft.merged, f16, plan.name)
@@ -95,7 +118,8 @@ def build_version(plan: Plan, evidence: Evidence, draft: PromotionPaths, times: 
             with times.stage(f"quantise {item.name}"):
                 quantize(f16, draft.gguf(plan.name, item.name), item)
     with times.stage("verify"):
-        verification = {"merge": merge, **_verify(plan, evidence, draft, examples)}
+        losses = _transformers_losses(evidence, merge, merged, examples["example_id"])
+        verification = {"merge": merge.record, **_verify(plan, evidence, draft, examples, losses)}
     write_json(draft.verification, verification)
     kept = {item.name: draft.gguf(plan.name, item.name) for item in plan.quantizations}
     if UNQUANTIZED not in kept:
@@ -104,7 +128,7 @@ def build_version(plan: Plan, evidence: Evidence, draft: PromotionPaths, times: 
     stop = evidence.tokenizer.convert_ids_to_tokens(ends)
     first = next(iter(kept.values())).name
     write_text(draft.modelfile, write_modelfile(first, evidence.tokenizer, stop))
-    facts = _card_facts(plan, evidence, draft, kept, verification["losses"])
+    facts = _card_facts(plan, evidence, draft, kept, verification["losses"], shipped)
     write_text(draft.card, write_card(facts))
     write_manifest(draft, _manifest_facts(plan, kept, times))
     _print_tables(facts)
@@ -118,24 +142,34 @@ def base_name(config: TrialConfig) -> tuple[str, bool]:
     return (path.resolve().name, False) if path.is_dir() else (config.model_name_or_path, True)
 
 
+def _transformers_losses(
+    evidence: Evidence, merge: Merge, merged: pd.DataFrame, example_ids: Sequence[str]
+) -> dict[str, pd.DataFrame]:
+    if merge.base is None:
+        losses = {BASE: evidence.score.base, ADAPTER: evidence.score.adapter}
+    else:
+        losses = {
+            BASE: merge.base,
+            BASE_4BIT: evidence.score.base,
+            ADAPTER_4BIT: evidence.score.adapter,
+        }
+    losses[MERGED] = merged
+    return {name: _select(frame, example_ids) for name, frame in losses.items()}
+
+
 def _verify(
-    plan: Plan, evidence: Evidence, draft: PromotionPaths, examples: Dataset
+    plan: Plan,
+    evidence: Evidence,
+    draft: PromotionPaths,
+    examples: Dataset,
+    losses: dict[str, pd.DataFrame],
 ) -> dict[str, Any]:
-    config, ids = plan.trial.config, examples["example_id"]
-    losses = {
-        BASE: _select(evidence.score.base, ids),
-        ADAPTER: _select(evidence.score.adapter, ids),
-        MERGED: example_losses(
-            load_merged(draft.merged), examples, config.per_device_eval_batch_size
-        ),
-    }
     records = {}
     rest = [item.name for item in plan.quantizations if item.name != UNQUANTIZED]
     for name in (UNQUANTIZED, *rest):
         path = draft.gguf(plan.name, name)
         records[name], losses[name] = verify_gguf(path, evidence.tokenizer, examples.to_list())
-    comparison = check_losses(losses, trained_in_4bit=config.load_in_4bit)
-    return {"losses": comparison, "ggufs": records}
+    return {"losses": check_losses(losses), "ggufs": records}
 
 
 def _select(losses: pd.DataFrame, example_ids: Sequence[str]) -> pd.DataFrame:
@@ -148,6 +182,7 @@ def _card_facts(
     draft: PromotionPaths,
     kept: Mapping[str, Path],
     losses: Mapping[str, Any],
+    shipped: Comparison | None,
 ) -> CardFacts:
     base_model, is_hub_id = base_name(plan.trial.config)
     return CardFacts(
@@ -156,7 +191,8 @@ def _card_facts(
         base_is_hub_id=is_hub_id,
         sweep=plan.sweep,
         trial=plan.trial,
-        test_interval=(evidence.interval.low, evidence.interval.high),
+        scored=evidence.gate,
+        shipped=shipped,
         hidden_size=AutoConfig.from_pretrained(draft.merged).get_text_config().hidden_size,
         merged_size_bytes=sum(path.stat().st_size for path in draft.merged.glob("*.safetensors")),
         gguf_files={name: (path.name, path.stat().st_size) for name, path in kept.items()},

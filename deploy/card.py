@@ -11,7 +11,8 @@ import pandas as pd
 import yaml
 
 from deploy.quantize import QUANTIZATIONS, UNQUANTIZED
-from deploy.verify import ADAPTER, BASE, MERGED
+from deploy.score import Comparison
+from deploy.verify import ADAPTER_4BIT, BASE, BASE_4BIT, MERGED
 from sweeps.ledger import SweepRecord, TrialRecord
 
 SUPER_BLOCK = 256
@@ -29,8 +30,10 @@ class CardFacts:
     base_is_hub_id: bool
     sweep: SweepRecord
     trial: TrialRecord
-    test_interval: tuple[float, float]
-    """95 % interval of test loss, adapter minus base, nats a token."""
+    scored: Comparison
+    """The trial on the test split, as it was trained."""
+    shipped: Comparison | None
+    """The merged model and the full-precision base on it, of a trial over a 4-bit base."""
     hidden_size: int
     merged_size_bytes: int
     gguf_files: Mapping[str, tuple[str, int]]
@@ -76,14 +79,15 @@ def files_table(gguf_files: Mapping[str, tuple[str, int]], merged_size_bytes: in
 def losses_table(losses: Mapping[str, Any]) -> pd.DataFrame:
     """Test loss of base, adapter, merged and each GGUF on the same examples."""
     mean = losses["loss"]
-    runtimes = {BASE: "Transformers", ADAPTER: "Transformers", MERGED: "Transformers"}
+    bases = (BASE, BASE_4BIT)
+    own_base = {ADAPTER_4BIT: BASE_4BIT}
     rows = [
         (
             name,
-            runtimes.get(name, "llama.cpp"),
+            "llama.cpp" if name in QUANTIZATIONS else "Transformers",
             f"{loss:.4f}",
-            "" if name == BASE else f"{loss - mean[BASE]:+.4f}",
-            "" if name in (BASE, MERGED) else f"{loss - mean[MERGED]:+.4f}",
+            "" if name in bases else f"{loss - mean[own_base.get(name, BASE)]:+.4f}",
+            "" if name in (*bases, MERGED) else f"{loss - mean[MERGED]:+.4f}",
             f"{losses['tolerance'][name]:g}" if name in losses["tolerance"] else "",
         )
         for name, loss in mean.items()
@@ -142,27 +146,39 @@ def _introduction(facts: CardFacts) -> str:
 
 
 def _losses(facts: CardFacts) -> str:
-    result, (low, high) = facts.trial.result, facts.test_interval
-    splits = [
-        ("validation", result["base_eval/loss"], result["eval/loss"], ""),
-        (
-            "test",
-            result["base_test/loss"],
-            result["test/loss"],
-            f"[{low:+.4f}, {high:+.4f}]",
-        ),
-    ]
+    result = facts.trial.result
+    base, tuned = result["base_eval/loss"], result["eval/loss"]
+    of = "" if facts.shipped is None else ", base in 4 bits"
     rows = [
-        (split, f"{base:.4f}", f"{tuned:.4f}", f"{tuned - base:+.4f}", interval)
-        for split, base, tuned, interval in splits
+        (f"validation{of}", f"{base:.4f}", f"{tuned:.4f}", f"{tuned - base:+.4f}", ""),
+        _split_row(f"test{of}", facts.scored),
     ]
+    note = ""
+    if facts.shipped is not None:
+        rows.append(_split_row("test, as shipped", facts.shipped))
+        note = (
+            " The adapter was trained and chosen over a 4-bit base; shipped is its merge onto the "
+            "base in full precision, and compared with that."
+        )
     header = ["split", "base", "this model", "difference", "95 % interval"]
     return (
         "Nats a supervised token; lower is better. The validation split chose the trial and the step; "
-        "the test split was scored once. The interval is paired, over test examples.\n\n"
+        "the test split was scored once. The interval is paired, over "
+        f"{facts.scored.num_examples} test examples.{note}\n\n"
         + _markdown(pd.DataFrame(rows, columns=header))
         + f"\n\nThe same model in each form, on the same {facts.losses['num_examples']} test "
         "examples:\n\n" + _markdown(losses_table(facts.losses))
+    )
+
+
+def _split_row(split: str, scored: Comparison) -> tuple[str, str, str, str, str]:
+    interval = scored.interval
+    return (
+        split,
+        f"{scored.base:.4f}",
+        f"{scored.tuned:.4f}",
+        f"{interval.estimate:+.4f}",
+        f"[{interval.low:+.4f}, {interval.high:+.4f}]",
     )
 
 

@@ -1,23 +1,27 @@
 """Adapter + base model -> one Transformers directory: PEFT's merge in fp32, saved and read back.
 
 What was saved is compared with base + adapter on a few sequences. A trial that trained over a 4-bit base
-is merged onto the full-precision one: its adapter learned to correct a slightly different base, which
-the losses of promotion's verification show.
+is merged onto the full-precision one: its adapter learned to correct a slightly different base, so that
+base is scored, too, for promotion to compare the merged model with.
 """
 
-import dataclasses
+import gc
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
+from datasets import Dataset
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from training.config import TrialConfig
+from training.evaluate import example_losses
 from training.exceptions import GateError, ModelError
-from training.model import find_device, load_model, load_tokenizer
+from training.model import load_model, load_tokenizer, resolve_model
 
 NUM_SEQUENCES = 4
 SEQUENCE_TOKENS = 256
@@ -26,9 +30,24 @@ MAX_KL = 1e-4
 """Nats a token; fp32 sums in another order stay several times below both."""
 
 
+@dataclass(frozen=True)
+class Merge:
+    """What was measured while merging."""
+
+    record: dict[str, Any]
+    """Differences between base + adapter and the saved model, and what they may be at most."""
+    base: pd.DataFrame | None
+    """Per-example losses of the full-precision base, of a trial over a 4-bit one."""
+
+
 def merge_adapter(
-    config: TrialConfig, adapter: Path, target: Path, sequences: Sequence[Sequence[int]]
-) -> dict[str, Any]:
+    config: TrialConfig,
+    adapter: Path,
+    target: Path,
+    sequences: Sequence[Sequence[int]],
+    test: Dataset,
+    device: torch.device,
+) -> Merge:
     """Writes the merged model, tokenizer, chat template and generation config into `target`.
 
     Args:
@@ -36,24 +55,29 @@ def merge_adapter(
         adapter: its PEFT adapter.
         target: directory to write.
         sequences: token ids on which base + adapter and the saved model are compared.
-
-    Returns:
-        The measured differences and what they may be at most.
+        test: examples on which the base is scored if the trial trained over a 4-bit one.
+        device: where float32 has room (`deploy.memory.full_precision_device`).
 
     Raises:
         ModelError: the adapter does not fit the base model.
         GateError: the saved model is not base + adapter.
     """
-    full = dataclasses.replace(config, dtype="float32", load_in_4bit=False)
-    model = load_with_adapter(full, adapter)
+    base = _load_full_precision(config, device)
+    base_losses = (
+        example_losses(base, test, config.per_device_eval_batch_size)
+        if config.load_in_4bit
+        else None
+    )
+    model = _put_on(base, config, adapter)
     sequences = [list(sequence)[:SEQUENCE_TOKENS] for sequence in sequences[:NUM_SEQUENCES]]
     expected = [_log_probabilities(model, sequence) for sequence in sequences]
     merged = model.merge_and_unload(safe_merge=True)
     merged.save_pretrained(target, safe_serialization=True)
     load_tokenizer(config).save_pretrained(target)
-    del model, merged
-    saved = load_merged(target)
+    del base, model, merged
+    saved = load_merged(target, device)
     record = _compare(saved, sequences, expected)
+    record["device"] = device.type
     record["base"] = "full precision, trained over 4-bit" if config.load_in_4bit else "as trained"
     if not (
         record["max_abs_difference"] <= MAX_LOGIT_DIFFERENCE and record["kl_divergence"] <= MAX_KL
@@ -63,30 +87,51 @@ def merge_adapter(
             f"{record['max_abs_difference']:.3g} (at most {MAX_LOGIT_DIFFERENCE}), "
             f"KL {record['kl_divergence']:.3g} (at most {MAX_KL})"
         )
-    return record
+    return Merge(record, base_losses)
 
 
 def load_with_adapter(config: TrialConfig, adapter: Path) -> PeftModel:
-    """The base model with the adapter on it, in evaluation mode."""
-    base = load_model(config)
+    """The base model as the trial had it, with the adapter on it, in evaluation mode."""
+    return _put_on(load_model(config), config, adapter)
+
+
+def load_merged(directory: Path, device: torch.device) -> PreTrainedModel:
+    """A merged model as it was saved, in fp32 and evaluation mode."""
+    gc.collect()  # models used before are in reference cycles, and this one needs their room
+    return AutoModelForCausalLM.from_pretrained(
+        directory, dtype=torch.float32, device_map={"": device}, use_safetensors=True
+    ).eval()
+
+
+def _load_full_precision(config: TrialConfig, device: torch.device) -> PreTrainedModel:
+    """The base model in fp32, whatever the trial loaded it as."""
+    source = resolve_model(config)
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            source,
+            revision=config.model_revision,
+            trust_remote_code=config.trust_remote_code,
+            dtype=torch.float32,
+            device_map={"": device},
+            use_safetensors=True,
+        ).eval()
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
+        cause = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ModelError(f"model_name_or_path is {config.model_name_or_path}: {cause}") from error
+
+
+def _put_on(base: PreTrainedModel, config: TrialConfig, adapter: Path) -> PeftModel:
     try:
         with warnings.catch_warnings():
             # PEFT 0.21 reads a property that Transformers 5.23 has renamed.
             warnings.simplefilter("ignore", FutureWarning)
-            model = PeftModel.from_pretrained(base, str(adapter))
+            model = PeftModel.from_pretrained(base, str(adapter), torch_device=str(base.device))
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         cause = str(error).strip().splitlines()[0]
         raise ModelError(
             f"{adapter} is not an adapter for {config.model_name_or_path}: {cause}"
         ) from error
     return model.eval()
-
-
-def load_merged(directory: Path) -> PreTrainedModel:
-    """A merged model as it was saved, in fp32 and evaluation mode."""
-    return AutoModelForCausalLM.from_pretrained(
-        directory, dtype=torch.float32, device_map={"": find_device()}, use_safetensors=True
-    ).eval()
 
 
 def _compare(
@@ -110,5 +155,5 @@ def _compare(
 
 @torch.inference_mode()
 def _log_probabilities(model: Any, sequence: list[int]) -> torch.Tensor:
-    ids = torch.tensor([sequence], device=find_device())
+    ids = torch.tensor([sequence], device=model.device)
     return model(input_ids=ids).logits[0].float().log_softmax(dim=-1).cpu()

@@ -1,20 +1,17 @@
-"""What promotion needs, checked before it starts: llama.cpp's runtime and converter, room on the disk."""
+"""What promotion needs, checked before it starts: llama.cpp's runtime and converter, memory, room on disk."""
 
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM
-
 from deploy.gguf_model import load_llama_cpp
 from deploy.llama_cpp_source import converter_dir
+from deploy.memory import FP32_BYTES, check_memory, count_parameters
 from deploy.quantize import UNQUANTIZED, Quantization
 from training.config import TrialConfig
 from training.exceptions import SweepError
-from training.model import resolve_model
+from training.paths import SweepPaths
 
-MERGED_BYTES = 4.0
 F16_BYTES = 2.0
 FALLBACK_FACTOR = 1.4
 """Matrices whose rows do not divide by 256 are stored in larger types: 6.2 bits for Q4_K_M's 4.9."""
@@ -23,22 +20,26 @@ OTHER_BYTES = 100_000_000
 
 
 def check_ready(
-    config: TrialConfig, quantizations: Sequence[Quantization], directory: Path
+    config: TrialConfig, quantizations: Sequence[Quantization], paths: SweepPaths
 ) -> None:
     """Raises for the first thing that is missing.
 
     Raises:
-        ModelError: llama_cpp or the converter is not there.
-        SweepError: too little room in `directory`.
+        ModelError: llama_cpp or the converter is not there, or the model is not or is too large.
+        SweepError: too little room for another version in the sweep's directory.
     """
     load_llama_cpp()
     converter_dir()
-    needed = estimate_bytes(count_parameters(config), quantizations)
-    existing = next(path for path in (directory, *directory.parents) if path.is_dir())
-    free = shutil.disk_usage(existing).free
+    num_params = count_parameters(config)
+    check_memory(config, num_params)
+    needed = estimate_bytes(num_params, quantizations)
+    promoted = paths.promoted
+    existing = next(path for path in (promoted, *promoted.parents) if path.is_dir())
+    # What a killed promotion left behind is removed when the next one starts.
+    free = shutil.disk_usage(existing).free + _size_bytes(paths.promotion_draft)
     if free < needed:
         raise SweepError(
-            f"{directory}: free space is {free / 1e9:.1f} GB, but must be at least "
+            f"{promoted}: free space is {free / 1e9:.1f} GB, but must be at least "
             f"{needed / 1e9:.1f} GB for the merged model and its GGUFs"
         )
 
@@ -50,18 +51,8 @@ def estimate_bytes(num_params: int, quantizations: Sequence[Quantization]) -> in
         for item in quantizations
         if item.name != UNQUANTIZED
     )
-    return round(num_params * (MERGED_BYTES + F16_BYTES + quantized)) + OTHER_BYTES
+    return round(num_params * (FP32_BYTES + F16_BYTES + quantized)) + OTHER_BYTES
 
 
-def count_parameters(config: TrialConfig) -> int:
-    """Parameters of the base model, from its configuration alone."""
-    architecture = AutoConfig.from_pretrained(
-        resolve_model(config),
-        revision=config.model_revision,
-        trust_remote_code=config.trust_remote_code,
-    )
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
-            architecture, trust_remote_code=config.trust_remote_code
-        )
-    return model.num_parameters()
+def _size_bytes(directory: Path) -> int:
+    return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())

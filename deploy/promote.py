@@ -16,18 +16,17 @@ from pathlib import Path
 import transformers
 from filelock import FileLock, Timeout
 
-from analysis.stats import Interval, difference_interval
 from deploy.build import Evidence, Plan, StageTimes, base_name, build_version
 from deploy.preflight import check_ready
 from deploy.quantize import DEFAULT_QUANTIZATION, QUANTIZATIONS, check_quantizations
-from deploy.score import TestScore, load_held_out, score_on_test
+from deploy.score import check_gate, load_held_out, score_on_test
+from deploy.verify import BASE, BASE_4BIT
 from sweeps.ledger import SweepRecord, TrialRecord, read_sweep
 from training.cli import make_parser, parse, run_command
-from training.exceptions import ConfigError, GateError, SweepError
+from training.exceptions import ConfigError, SweepError
 from training.model import load_tokenizer
 from training.paths import PromotionPaths, SweepPaths, write_text
 
-CONFIDENCE = 0.95
 BEST = -1
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -71,7 +70,7 @@ def promote(sweep_dir: Path, options: PromoteOptions) -> PromotionPaths:
     """
     plan = make_plan(read_sweep(sweep_dir), options)
     trial, times = plan.trial, StageTimes()
-    check_ready(trial.config, plan.quantizations, plan.sweep.paths.promoted)
+    check_ready(trial.config, plan.quantizations, plan.sweep.paths)
     print(f"promoting trial {trial.number} ({trial.name}) at step {trial.result['best_step']}")
     with _draft(plan.sweep.paths) as draft:
         evidence = _score_and_gate(trial, times)
@@ -100,11 +99,12 @@ def choose_trial(sweep: SweepRecord, number: int = BEST) -> TrialRecord:
     """The trial of that number, or the best one; a copy stands for the trial that was trained.
 
     Raises:
-        SweepError: none has finished, this one has not, or it has no adapter.
+        SweepError: none has finished, they cannot be ranked, this one has not finished, or it has
+            no adapter.
     """
     if number < BEST:
         raise ConfigError(f"--trial is {number}, but must be a trial's number, or {BEST}")
-    trial = sweep.best() if number == BEST else sweep.trial(number)
+    trial = _best_trial(sweep) if number == BEST else sweep.trial(number)
     if trial.result.get("same_as") is not None:
         trial = sweep.trial(trial.result["same_as"])
     if trial.state != "complete":
@@ -114,20 +114,15 @@ def choose_trial(sweep: SweepRecord, number: int = BEST) -> TrialRecord:
     return trial
 
 
-def check_gate(score: TestScore) -> Interval:
-    """Interval of the test loss, adapter minus base, all of which must be below 0.
-
-    Raises:
-        GateError: the adapter does not beat the base model.
-    """
-    interval = difference_interval(score.adapter, score.base, confidence=CONFIDENCE)
-    if not interval.high < 0:
-        raise GateError(
-            f"the adapter does not beat its base model on {len(score.base)} test examples: "
-            f"test loss differs by {interval.estimate:+.4f}, {CONFIDENCE:.0%} interval "
-            f"[{interval.low:+.4f}, {interval.high:+.4f}], but all of it must be below 0"
+def _best_trial(sweep: SweepRecord) -> TrialRecord:
+    scored = [trial for trial in sweep.finished if trial.loss is not None]
+    num_sets = len({trial.result.get("validation_hash") for trial in scored})
+    if num_sets > 1:
+        raise SweepError(
+            f"{sweep.paths.root}: the trials were scored on {num_sets} different validation sets, so "
+            "none of them is the best one; choose one with --trial N"
         )
-    return interval
+    return sweep.best()
 
 
 def _score_and_gate(trial: TrialRecord, times: StageTimes) -> Evidence:
@@ -135,14 +130,15 @@ def _score_and_gate(trial: TrialRecord, times: StageTimes) -> Evidence:
     with times.stage("test score"):
         splits = load_held_out(trial, tokenizer)
         score = score_on_test(trial, splits.test)
-    interval = check_gate(score)
-    print(
-        f"    test loss {trial.result['test/loss']:.4f}, base {trial.result['base_test/loss']:.4f}: "
-        f"{interval.estimate:+.4f}, {CONFIDENCE:.0%} interval "
-        f"[{interval.low:+.4f}, {interval.high:+.4f}]"
-        + (", as scored before" if score.scored_before else "")
+    is_4bit = trial.config.load_in_4bit
+    gate = check_gate(
+        score.adapter, score.base, base_name="its base model" + (" (4-bit)" if is_4bit else "")
     )
-    return Evidence(tokenizer, splits.test, splits.counts, score, interval)
+    print(
+        f"    test loss {gate.tuned:.4f}, {BASE_4BIT if is_4bit else BASE} {gate.base:.4f}: {gate} "
+        f"over {gate.num_examples} examples" + (", as scored before" if score.scored_before else "")
+    )
+    return Evidence(tokenizer, splits.test, splits.counts, score, gate)
 
 
 @contextlib.contextmanager

@@ -20,6 +20,8 @@ from training.evaluate import mean_loss
 from training.exceptions import GateError
 
 BASE, ADAPTER, MERGED = "base", "adapter", "merged"
+BASE_4BIT, ADAPTER_4BIT = "base (4-bit)", "adapter (4-bit)"
+"""What a trial over a 4-bit base was scored as; what ships is merged onto BASE in full precision."""
 
 MERGED_TOLERANCE = 0.02
 MERGED_TOLERANCE_4BIT = 0.2
@@ -178,10 +180,10 @@ def check_answers_end(
     )
 
 
-def check_losses(
-    losses: Mapping[str, pd.DataFrame], *, trained_in_4bit: bool = False
-) -> dict[str, Any]:
+def check_losses(losses: Mapping[str, pd.DataFrame]) -> dict[str, Any]:
     """Compares mean losses on the same examples: base, adapter, merged, then each GGUF by its type.
+
+    A trial over a 4-bit base has ADAPTER_4BIT in the place of ADAPTER, and BASE_4BIT beside BASE.
 
     Raises:
         GateError: a loss is farther from the merged model's than its tolerance, a GGUF is no better
@@ -189,8 +191,8 @@ def check_losses(
     """
     means = {name: mean_loss(frame) for name, frame in losses.items()}
     base, merged = means[BASE], means[MERGED]
-    merged_tolerance = MERGED_TOLERANCE_4BIT if trained_in_4bit else MERGED_TOLERANCE
-    tolerances = {ADAPTER: merged_tolerance}
+    allowed = {ADAPTER: MERGED_TOLERANCE, ADAPTER_4BIT: MERGED_TOLERANCE_4BIT}
+    tolerances = {name: tolerance for name, tolerance in allowed.items() if name in means}
     tolerances |= {name: QUANTIZATIONS[name].tolerance for name in means if name in QUANTIZATIONS}
     for name, tolerance in tolerances.items():
         difference = abs(means[name] - merged)

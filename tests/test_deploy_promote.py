@@ -1,6 +1,7 @@
 """From a finished sweep to a released version, and what is refused on the way."""
 
 import hashlib
+import re
 import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,9 +14,14 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from deploy import build as build_module
 from deploy import promote as promote_module
-from deploy.promote import PromoteOptions, check_gate, choose_trial, promote
-from deploy.score import TestScore
+from deploy.memory import count_parameters, full_precision_device
+from deploy.merge import Merge
+from deploy.preflight import check_ready
+from deploy.promote import PromoteOptions, choose_trial, promote
+from deploy.quantize import check_quantizations
+from deploy.score import check_gate
 from sweeps.ledger import read_sweep
 from training.exceptions import ConfigError, GateError, ModelError, SweepError
 from training.paths import PromotionPaths, SweepPaths, read_json, write_json
@@ -37,6 +43,11 @@ def sweep(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path) -> SweepPath
     scores = ("test/loss", "base_test/loss")
     write_json(paths.trial(0).result, {name: result[name] for name in result if name not in scores})
     return paths
+
+
+def _losses(loss_sums: list[float]) -> pd.DataFrame:
+    ids = [str(n) for n in range(len(loss_sums))]
+    return pd.DataFrame({"example_id": ids, "loss_sum": loss_sums, "num_tokens": 2})
 
 
 def _change_result(sweep: SweepPaths, **values: Any) -> None:
@@ -135,13 +146,28 @@ def test_promoting_again_makes_the_next_version_without_scoring_again(
 
 
 def test_an_adapter_that_does_not_beat_its_base_is_refused(sweep: SweepPaths) -> None:
-    losses = pd.DataFrame(
-        {"example_id": list("abcd"), "loss_sum": [4.0, 2.0, 3.0, 5.0], "num_tokens": [2, 2, 2, 2]}
-    )
-    worse = losses.assign(loss_sum=[4.5, 1.5, 3.5, 5.0])
+    losses = _losses([4.0, 2.0, 3.0, 5.0] * 2)
+    worse = _losses([4.5, 1.5, 3.5, 5.0] * 2)
 
-    with pytest.raises(GateError, match=r"4 test examples: test loss differs by \+0\.0625"):
-        check_gate(TestScore(worse, losses, False))
+    with pytest.raises(
+        GateError,
+        match=r"its base model \(4-bit\) on 8 test examples: test loss differs by \+0\.0625",
+    ):
+        check_gate(worse, losses, base_name="its base model (4-bit)")
+
+
+def test_a_gate_of_few_examples_is_as_strict_as_one_of_many() -> None:
+    """The bootstrap's percentiles alone would let these pass."""
+    base = _losses([4.0] * 8)
+    better = _losses([4.05, 3.0, 4.1, 3.1, 4.05, 3.2, 3.7, 4.15])
+
+    with pytest.raises(GateError, match="does not beat its base model on 8 test examples"):
+        check_gate(better, base)
+
+
+def test_too_few_examples_for_a_gate_are_said_to_be() -> None:
+    with pytest.raises(GateError, match=r"has 7 examples, but must have at least 8 to tell"):
+        check_gate(_losses([1.0] * 7), _losses([4.0] * 7))
 
 
 def test_a_refused_promotion_leaves_no_version(sweep: SweepPaths) -> None:
@@ -161,6 +187,113 @@ def test_a_changed_dataset_is_refused(sweep: SweepPaths) -> None:
 
     with pytest.raises(SweepError, match="the dataset has changed since the trial ran"):
         promote(sweep.root, PromoteOptions())
+
+
+def test_a_trial_over_4_bit_ships_what_was_compared_with_its_own_base(
+    sweep: SweepPaths, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = read_json(sweep.trial(0).config)
+    config["settings"]["load_in_4bit"] = True
+    write_json(sweep.trial(0).config, config)
+    # The tiny random base loses more to 4 bits than a trained one does.
+    monkeypatch.setattr("deploy.verify.MERGED_TOLERANCE_4BIT", 5.0)
+
+    paths = promote(sweep.root, PromoteOptions(quantization=["F16"]))
+
+    loss = read_json(paths.verification)["losses"]["loss"]
+    assert list(loss) == ["base", "base (4-bit)", "adapter (4-bit)", "merged", "F16"]
+    assert abs(loss["base"] - loss["base (4-bit)"]) > 1e-3
+    card, printed = paths.card.read_text("utf-8"), capsys.readouterr().out
+    assert f"| test, base in 4 bits | {loss['base (4-bit)']:.4f} |" in card
+    assert f"| test, as shipped | {loss['base']:.4f} | {loss['merged']:.4f} |" in card
+    assert f"base (4-bit) {loss['base (4-bit)']:.4f}: " in printed
+    assert re.search(rf"merged {loss['merged']:.4f}, base {loss['base']:.4f}: -\d+", printed)
+
+
+def test_a_merge_onto_full_precision_that_does_not_beat_that_is_refused(
+    sweep: SweepPaths, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = read_json(sweep.trial(0).config)
+    config["settings"]["load_in_4bit"] = True
+    write_json(sweep.trial(0).config, config)
+    merge = build_module.merge_adapter
+
+    def merge_onto_a_good_base(*args: Any) -> Merge:
+        done = merge(*args)
+        assert done.base is not None
+        return Merge(done.record, done.base.assign(loss_sum=0.0))
+
+    monkeypatch.setattr(build_module, "merge_adapter", merge_onto_a_good_base)
+
+    with pytest.raises(GateError, match="the merged model does not beat its full-precision base"):
+        promote(sweep.root, PromoteOptions(quantization=["F16"]))
+
+
+def test_trials_of_different_validation_sets_are_not_ranked(sweep: SweepPaths) -> None:
+    other = sweep.trial(1)
+    shutil.copytree(sweep.trial(0).root, other.root)
+    write_json(other.config, {**read_json(other.config), "number": 1})
+    write_json(other.result, {**read_json(other.result), "validation_hash": "other"})
+
+    with pytest.raises(SweepError, match=r"on 2 different validation sets, .* with --trial N"):
+        choose_trial(read_sweep(sweep.root))
+
+    assert choose_trial(read_sweep(sweep.root), 1).number == 1
+
+
+def test_what_a_killed_promotion_left_counts_as_free(
+    sweep: SweepPaths, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Usage(NamedTuple):
+        free: int
+
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(free=50_000_000))
+    config = read_sweep(sweep.root).trial(0).config
+    left = sweep.promotion_draft / "merged" / "model.safetensors"
+    left.parent.mkdir(parents=True)
+    with open(left, "wb") as file:
+        file.truncate(300_000_000)
+
+    check_ready(config, check_quantizations(["Q4_K_M"]), sweep)
+    left.unlink()
+    with pytest.raises(SweepError, match="free space is"):
+        check_ready(config, check_quantizations(["Q4_K_M"]), sweep)
+
+
+def test_too_little_memory_is_found_before_anything_starts(
+    sweep: SweepPaths, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Memory(NamedTuple):
+        available: int
+
+    monkeypatch.setattr("psutil.virtual_memory", lambda: Memory(available=500_000_000))
+
+    with pytest.raises(ModelError, match=r"free memory is 0\.5 GB, but must be at least 1\.1 GB"):
+        promote(sweep.root, PromoteOptions())
+
+    assert not sweep.promoted.exists()
+
+
+def test_the_cpu_merges_what_the_gpu_has_no_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deploy.memory.find_device", lambda: torch.device("cuda", 0))
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (10_000_000_000, 24_000_000_000))
+
+    assert full_precision_device(1_000_000_000).type == "cuda"
+    assert full_precision_device(3_000_000_000).type == "cpu"
+
+
+def test_a_base_model_that_cannot_be_had_is_one_line(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_config(tmp_path_factory.getbasetemp())
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise OSError("You are trying to access a gated repo.\nMake sure to have access to it")
+
+    monkeypatch.setattr("deploy.memory.AutoConfig.from_pretrained", refuse)
+
+    with pytest.raises(ModelError, match=r"tiny-llama: You are trying to access a gated repo\.$"):
+        count_parameters(config)
 
 
 def test_a_full_disk_is_found_before_anything_starts(

@@ -35,6 +35,8 @@ from training.exceptions import ConfigError, GateError, ModelError
 from training.model import load_model, load_tokenizer, prepare_demo_model
 from training.paths import PromotionPaths, SweepPaths
 
+CPU = torch.device("cpu")
+
 
 @pytest.fixture
 def version(tmp_path_factory: pytest.TempPathFactory) -> PromotionPaths:
@@ -75,7 +77,7 @@ def _trial_losses(version: PromotionPaths, examples: Any) -> dict[str, pd.DataFr
         name: frame.set_index("example_id").loc[examples["example_id"]].reset_index()
         for name, frame in scored.items()
     }
-    losses["merged"] = example_losses(load_merged(version.merged), examples, 4)
+    losses["merged"] = example_losses(load_merged(version.merged, CPU), examples, 4)
     return losses
 
 
@@ -305,28 +307,65 @@ def test_a_failed_conversion_shows_its_log_and_leaves_no_file(
 
 
 def test_an_adapter_of_another_model_is_refused(
-    tmp_path_factory: pytest.TempPathFactory, version: PromotionPaths, tmp_path: Path
+    tmp_path_factory: pytest.TempPathFactory,
+    version: PromotionPaths,
+    examples: Any,
+    tmp_path: Path,
 ) -> None:
     shutil.copytree(version.adapter, tmp_path / "adapter")
     (tmp_path / "adapter" / "adapter_model.safetensors").unlink()
     config = tiny_config(tmp_path_factory.getbasetemp())
 
     with pytest.raises(ModelError, match=r"is not an adapter for .*tiny-llama"):
-        merge_adapter(config, tmp_path / "adapter", tmp_path / "merged", [[1, 2, 3]])
+        merge_adapter(config, tmp_path / "adapter", tmp_path / "merged", [[1, 2, 3]], examples, CPU)
 
 
-def test_a_trial_over_4_bit_is_merged_onto_the_full_precision_base(
-    tmp_path_factory: pytest.TempPathFactory, version: PromotionPaths, tmp_path: Path
+def test_a_trial_over_4_bit_is_merged_onto_the_full_precision_base_which_is_scored(
+    tmp_path_factory: pytest.TempPathFactory,
+    version: PromotionPaths,
+    examples: Any,
+    tmp_path: Path,
 ) -> None:
     config = tiny_config(tmp_path_factory.getbasetemp())
     config = dataclasses.replace(config, load_in_4bit=True)
 
-    record = merge_adapter(config, version.adapter, tmp_path / "merged", [list(range(60, 90))])
+    merge = merge_adapter(
+        config, version.adapter, tmp_path / "merged", [list(range(60, 90))], examples, CPU
+    )
 
-    assert record["base"] == "full precision, trained over 4-bit"
-    merged = load_merged(tmp_path / "merged").state_dict()
-    expected = load_merged(version.merged).state_dict()
+    assert merge.record["base"] == "full precision, trained over 4-bit"
+    merged = load_merged(tmp_path / "merged", CPU).state_dict()
+    expected = load_merged(version.merged, CPU).state_dict()
     assert all(torch.equal(merged[name], expected[name]) for name in expected)
+    base = _trial_losses(version, examples)["base"]  # the trained sweep's is in full precision
+    assert merge.base is not None
+    assert merge.base["loss_sum"].to_numpy() == pytest.approx(base["loss_sum"].to_numpy())
+
+
+def test_what_ships_is_compared_with_its_own_base_and_not_with_the_4_bit_one() -> None:
+    base, base_4bit = _losses([2.0] * 3), _losses([2.6] * 3)
+    adapter, merged = _losses([2.2] * 3), _losses([2.1] * 3)
+    losses = {"base": base, "base (4-bit)": base_4bit, "adapter (4-bit)": adapter}
+
+    with pytest.raises(GateError, match=r"merged: .* must be below the base model's 2\.0000"):
+        check_losses({**losses, "merged": merged, "F16": merged})
+    # Within what two bases may differ by, which an adapter over its own base may not.
+    shipped = _losses([1.9] * 3)
+    adapter = _losses([2.05] * 3)
+    checked = check_losses(
+        {**losses, "adapter (4-bit)": adapter, "merged": shipped, "F16": shipped}
+    )
+    assert checked["tolerance"]["adapter (4-bit)"] == 0.2
+
+
+def test_the_share_lost_is_of_what_the_adapter_changed_on_the_shipped_base() -> None:
+    """Against the 4-bit base nearly nothing would seem lost, since that is far from both."""
+    base, base_4bit = _losses([2.0] * 3), _losses([9.0] * 3)
+    merged, f16 = _losses([1.99] * 3), _losses([1.992] * 3)
+    losses = {"base": base, "base (4-bit)": base_4bit, "adapter (4-bit)": merged}
+
+    with pytest.raises(GateError, match="by 20% of what the adapter changed"):
+        check_losses({**losses, "merged": merged, "F16": f16})
 
 
 @pytest.mark.slow
