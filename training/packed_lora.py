@@ -44,6 +44,12 @@ class Adapter:
     layout: list[tuple[str, tuple[int, ...]]]
     """Name and shape of each layer's A or B, in the order in which they stand in `weights`."""
 
+    def gradients(self) -> tuple[torch.Tensor, ...]:
+        """The gradient of each matrix. Their norms are summed, not those of millions of single values:
+        float32 loses too many of the small ones in one long sum."""
+        assert self.weights.grad is not None
+        return self.weights.grad.split([math.prod(shape) for _, shape in self.layout])
+
 
 @dataclass(slots=True)
 class _Share:

@@ -101,7 +101,8 @@ class TrialState:
         rate = learning_rate(config, self.step)
         self.optimizer.param_groups[0]["lr"] = rate
         limit = config.max_grad_norm or float("inf")
-        norm = torch.nn.utils.clip_grad_norm_([weights], limit)
+        norm = torch.nn.utils.get_total_norm(self.adapter.gradients())
+        torch.nn.utils.clip_grads_with_norm_([weights], limit, norm)
         self.optimizer.step()
         result = StepResult(
             step=self.step + 1,
