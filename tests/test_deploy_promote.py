@@ -1,8 +1,11 @@
 """From a finished sweep to a released version, and what is refused on the way."""
 
 import hashlib
+import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +28,8 @@ from deploy.score import check_gate
 from sweeps.ledger import read_sweep
 from training.exceptions import ConfigError, GateError, ModelError, SweepError
 from training.paths import PromotionPaths, SweepPaths, read_json, write_json
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture
@@ -180,6 +185,16 @@ def test_a_refused_promotion_leaves_no_version(sweep: SweepPaths) -> None:
 
     assert [path.name for path in sweep.promoted.iterdir() if path.name != ".lock"] == []
     assert sweep.trial(0).test_losses(step).is_file()
+
+
+def test_threads_are_told_not_to_spin_before_a_library_could_start_them() -> None:
+    code = "import os, sys, deploy; print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)"
+    clean = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    for given, expected in ({}, "passive"), ({"OMP_WAIT_POLICY": "active"}, "active"):
+        done = subprocess.check_output(
+            [sys.executable, "-c", code], cwd=ROOT, env={**clean, **given}, text=True
+        )
+        assert done.split() == [expected, "False"]
 
 
 def test_a_changed_dataset_is_refused(sweep: SweepPaths) -> None:
