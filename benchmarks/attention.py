@@ -34,9 +34,8 @@ def main() -> None:
                 attention.disabled = set() if way == "explicit" else set(attention.FAST_PATHS)
                 measured.append(one_pass(length))
         results[length] = {way: round(statistics.median(ts) * 1e3, 2) for way, ts in times.items()}
-        print(
-            f"{length:>17} | {results[length]['explicit']:>12} | {results[length]['generic']:>15}"
-        )
+        explicit, generic = results[length]["explicit"], results[length]["generic"]
+        print(f"| {length} | {explicit} | {generic} |")
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "attention.json").write_text(json.dumps(results, indent=2) + "\n")
 

@@ -83,6 +83,8 @@ def run_sweep(definition: SweepDefinition, options: RunOptions) -> SweepRecord:
         ConfigError: the definition does not say how many trials there are.
         SweepError: the directory is in use or another sweep's, or trials failed in a row.
     """
+    if options.slots < 0:
+        raise ConfigError(f"--slots is {options.slots}, but must be >= 0")
     paths = SweepPaths(Path(options.output_dir) / definition.name)
     check_directory(definition, paths)
     with locked(paths):

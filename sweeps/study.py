@@ -142,8 +142,8 @@ def build_sampler(definition: SweepDefinition, number: int = 0) -> BaseSampler |
         case "random":
             return RandomSampler(seed=number)
         case "bayes":
-            # One trial at a time: there is no running trial whose result would have to be guessed.
-            return TPESampler(constant_liar=False, seed=number)
+            # Trials in the same pack have no result yet: counted as bad ones, they are not proposed again.
+            return TPESampler(constant_liar=True, seed=number)
         case _:
             return None
 

@@ -9,6 +9,7 @@ from tiny_packs import TRAIN, make_config, make_model
 from training import doctor, planner
 from training.engine import PackedEngine
 from training.examples import Examples
+from training.exceptions import ConfigError
 
 
 def test_a_sound_machine_passes_both_checks(capsys: pytest.CaptureFixture[str]) -> None:
@@ -56,11 +57,16 @@ def test_slots_are_what_fits_and_at_least_one(
     with PackedEngine(make_model()) as engine:
         need = planner.plan_slots(engine, config, Examples(TRAIN)).trial_bytes
         monkeypatch.setattr(planner, "free_bytes", lambda device: int(free * need))
-        assert planner.plan_slots(engine, config, Examples(TRAIN)).slots == slots
+        plan = planner.plan_slots(engine, config, Examples(TRAIN))
+    assert plan.slots == slots
+    planner.check_slots(plan, plan.fitting)
+    expected = rf"--slots is {plan.fitting + 1}, but must be <= {plan.fitting} here: a trial needs"
+    with pytest.raises(ConfigError, match=expected):
+        planner.check_slots(plan, plan.fitting + 1)
 
 
 def test_the_plan_is_said_in_one_line() -> None:
-    plan = planner.Plan(slots=8, trial_bytes=2**29, free_bytes=20 * 2**30)
+    plan = planner.Plan(slots=8, fitting=30, trial_bytes=2**29, free_bytes=20 * 2**30)
     text = planner.describe_plan(plan, 8)
     assert text == "8 slots: a trial needs 0.50 GiB of 20.0 GiB free"
     assert planner.describe_plan(plan, 1).startswith("1 slot:")

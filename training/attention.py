@@ -22,7 +22,7 @@ from training.exceptions import ModelError
 from training.row import Piece, Row, current_row
 
 NAME = "loraloom_packed"
-SHORT = 256
+SHORT = 192
 """Longest piece whose attention weights are kept for the backward pass; measured, see docs/performance.md."""
 
 FAST_PATHS = {"explicit", "variable_length"}

@@ -25,7 +25,7 @@ from training.evaluate import mean_loss
 from training.exceptions import ModelError
 from training.job import Job, JobOptions, Outcome
 from training.paths import write_json
-from training.planner import describe_plan, plan_slots
+from training.planner import check_slots, describe_plan, plan_slots
 from training.prepared import Prepared, model_key, prepare
 from training.progress import Display
 from training.recorder import TrialRecorder, begin_trial, end_with_fault, is_disk_full
@@ -171,6 +171,7 @@ class _Pack:
             self.engine = PackedEngine(prepared.model)
             self.model_key = prepared.model_key
             plan = plan_slots(self.engine, config, prepared.train)
+            check_slots(plan, self.options.slots)
             self.num_slots = self.options.slots or plan.slots
             self.display.console.print(f"  {describe_plan(plan, self.num_slots)}")
         return self.engine

@@ -13,6 +13,7 @@ import torch
 from training.config import TrialConfig
 from training.engine import PackedEngine, lora_config
 from training.examples import Examples
+from training.exceptions import ConfigError
 
 RESERVE = 0.2
 """Share of the free memory that is left alone: fragmentation, the head's chunk of logits, other programs."""
@@ -28,6 +29,8 @@ class Plan:
     """A pack's size and its reasons."""
 
     slots: int
+    fitting: int
+    """Trials that fit into the memory; `slots` may be fewer, where more would gain little."""
     trial_bytes: int
     """Needed by one more trial: adapter, gradient, moments, and the activations of its longest batch."""
     free_bytes: int
@@ -40,15 +43,29 @@ def plan_slots(engine: PackedEngine, config: TrialConfig, examples: Examples) ->
     longest = np.sort(examples.lengths)[-config.per_device_train_batch_size :]
     trial_bytes = adapter_bytes + int(bytes_per_token(engine) * longest.sum())
     free = free_bytes(device)
-    fitting = int(free * (1 - RESERVE) // trial_bytes)
-    slots = max(1, min(fitting, MOST_SLOTS.get(device.type, 1)))
-    return Plan(slots=slots, trial_bytes=trial_bytes, free_bytes=free)
+    fitting = max(1, int(free * (1 - RESERVE) // trial_bytes))
+    slots = min(fitting, MOST_SLOTS.get(device.type, 1))
+    return Plan(slots=slots, fitting=fitting, trial_bytes=trial_bytes, free_bytes=free)
 
 
 def describe_plan(plan: Plan, slots: int) -> str:
     """`8 slots: a trial needs 0.9 GiB of 20.1 GiB free`."""
     need, free = plan.trial_bytes / 2**30, plan.free_bytes / 2**30
     return f"{slots} slot{'s' * (slots > 1)}: a trial needs {need:.2f} GiB of {free:.1f} GiB free"
+
+
+def check_slots(plan: Plan, slots: int) -> None:
+    """Refuses more slots than fit.
+
+    Raises:
+        ConfigError: with what a trial needs and what is free.
+    """
+    if slots > plan.fitting:
+        need, free = plan.trial_bytes / 2**30, plan.free_bytes / 2**30
+        raise ConfigError(
+            f"--slots is {slots}, but must be <= {plan.fitting} here: a trial needs {need:.2f} GiB of "
+            f"{free:.1f} GiB free"
+        )
 
 
 def free_bytes(device: torch.device) -> int:
