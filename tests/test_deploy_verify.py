@@ -103,7 +103,8 @@ def test_a_long_example_is_scored_as_the_same_one_in_pieces(gguf: Path) -> None:
     with open_gguf(gguf, num_ctx=512) as model:
         losses = model.example_losses([whole, head, tail])["loss_sum"].to_numpy()
 
-    assert losses[0] == pytest.approx(losses[1] + losses[2], rel=1e-5)
+    # Float16 rounds a batch that begins elsewhere otherwise; one token lost or counted twice is 2.6e-3.
+    assert losses[0] == pytest.approx(losses[1] + losses[2], rel=5e-5)
 
 
 def test_scoring_in_parallel_from_a_shared_prefix_equals_one_example_after_the_other(
