@@ -30,7 +30,7 @@ from training.sources import iter_records
 _VERSION = 1
 """Of what is made from a record; another number makes the cache anew."""
 
-_SETTINGS = (
+DATA_SETTINGS = (
     "dataset_name",
     "dataset_train_split",
     "validation_fraction",
@@ -38,6 +38,8 @@ _SETTINGS = (
     "max_eval_samples",
     "max_length",
 )
+"""Settings that the examples follow from, besides the model's tokenizer."""
+
 _FACTS = "facts.json"
 _TOKENIZE_BATCH = 1000
 _SPLITS = ("train", "validation", "test")
@@ -132,7 +134,7 @@ def _fingerprint(
     config: TrialConfig, tokenizer: PreTrainedTokenizerBase, end_tokens: list[str]
 ) -> str:
     digest = hashlib.sha256(f"{_VERSION} {transformers.__version__}".encode())
-    settings = [getattr(config, name) for name in _SETTINGS]
+    settings = [getattr(config, name) for name in DATA_SETTINGS]
     facts = [settings, end_tokens, tokenizer.chat_template, repr(tokenizer)]
     digest.update(json.dumps(facts).encode())
     backend = getattr(tokenizer, "backend_tokenizer", None)

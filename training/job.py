@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from training.config import TrialConfig
 from training.paths import TrialPaths
 from training.progress import Display
-from training.tracking import ReportTo
+from training.tracking import ReportTo, Tracker, make_tracker
 
 if TYPE_CHECKING:
     from training.checkpoint import SavedState
@@ -52,3 +52,14 @@ class JobOptions:
     project: str = "loraloom"
     display: Display = field(default_factory=Display)
     """The terminal's view of all trials."""
+
+    def tracker(self, job: Job) -> Tracker:
+        """Opens the tracker's run of one trial."""
+        return make_tracker(
+            self.report_to,
+            job.paths.root,
+            group=self.group,
+            name=job.name,
+            config=job.config.to_dict(),
+            project=self.project,
+        )

@@ -29,7 +29,7 @@ from training.planner import check_slots, describe_plan, plan_slots
 from training.prepared import Prepared, model_key, prepare
 from training.progress import Display
 from training.recorder import TrialRecorder, begin_trial, end_with_fault, is_disk_full
-from training.tracking import Tracker, make_tracker
+from training.tracking import Tracker
 from training.trial import StepResult, TrialState
 
 
@@ -139,14 +139,7 @@ class _Pack:
             trial = engine.admit(job.config, prepared.train, f"trial{self.number}")
             if state is not None:
                 restore(trial, state)
-            tracker = make_tracker(
-                self.options.report_to,
-                job.paths.root,
-                group=self.options.group,
-                name=job.name,
-                config=job.config.to_dict(),
-                project=self.options.project,
-            )
+            tracker = self.options.tracker(job)
             recorder = TrialRecorder(
                 job.paths,
                 tracker,
@@ -262,9 +255,12 @@ class _Pack:
         except Exception as error:
             if slot not in self.slots or is_disk_full(error):
                 raise  # it came from `done`, or every trial would meet it
-            self._leave(slot)
-            end_with_fault(error, slot.job.paths, slot.tracker)
-            self.done(slot.job, error)
+            self._fail(slot, error)
+
+    def _fail(self, slot: _Slot, error: Exception) -> None:
+        self._leave(slot)
+        end_with_fault(error, slot.job.paths, slot.tracker)
+        self.done(slot.job, error)
 
     def _leave(self, slot: _Slot) -> None:
         assert self.engine is not None
@@ -281,7 +277,9 @@ class _Pack:
                 "out of memory with one trial: lower per_device_train_batch_size or max_length, or set "
                 "gradient_checkpointing or load_in_4bit"
             )
-            self._guard(youngest, lambda: _raise(ModelError(reason), error))
+            fault = ModelError(reason)
+            fault.__cause__ = error
+            self._fail(youngest, fault)
             return
         self.num_slots = len(self.slots) - 1
         warnings.warn(
@@ -300,7 +298,3 @@ def _saved(job: Job) -> SavedState | None:
     """The state that an earlier process left, if it is of these settings."""
     state = load_state(job.paths.state)
     return state if state is not None and state.settings == job.config.to_dict() else None
-
-
-def _raise(error: Exception, cause: Exception) -> None:
-    raise error from cause

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from training.config import TrialConfig
-from training.data import DataSplits, load_splits
+from training.data import DATA_SETTINGS, DataSplits, load_splits
 from training.examples import Examples
 from training.model import load_model, load_tokenizer
 from training.sources import local_file
@@ -22,17 +22,7 @@ _MODEL_SETTINGS = (
     "dtype",
     "load_in_4bit",
 )
-_DATA_SETTINGS = (
-    "model_name_or_path",
-    "model_revision",
-    "trust_remote_code",
-    "dataset_name",
-    "dataset_train_split",
-    "validation_fraction",
-    "test_fraction",
-    "max_eval_samples",
-    "max_length",
-)
+_DATA_SETTINGS = ("model_name_or_path", "model_revision", "trust_remote_code", *DATA_SETTINGS)
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from training.paths import TrialPaths, write_json
 from training.prepared import Prepared, forget, prepare
 from training.recorder import TrialRecorder, begin_trial, end_with_fault, is_disk_full
 from training.schedules import scheduler_kwargs
-from training.tracking import Tracker, make_tracker
+from training.tracking import Tracker
 
 ENGINE = "trl"
 
@@ -38,14 +38,7 @@ def run_with_trl(job: Job, done: Callable[[Job, Outcome], None], options: JobOpt
     begin_trial(job.config, job.paths, job.info, ENGINE)
     try:
         prepared = prepare(job.config)
-        tracker = make_tracker(
-            options.report_to,
-            job.paths.root,
-            group=options.group,
-            name=job.name,
-            config=job.config.to_dict(),
-            project=options.project,
-        )
+        tracker = options.tracker(job)
         result = _train(job, prepared, tracker, options)
     except BaseException as error:
         end_with_fault(error, job.paths, tracker)
