@@ -146,6 +146,29 @@ def test_dropout_is_the_trials_own(tmp_path: Path) -> None:
     assert abs(undropped.eval_loss - by_itself.eval_loss) > 1e-4
 
 
+def test_recomputed_activations_change_nothing_but_their_number(tmp_path: Path) -> None:
+    def settings(recompute: bool) -> Any:
+        dropped = {"lora_dropout": 0.2, "max_steps": 8}
+        return make_config(**dropped, gradient_checkpointing=recompute)
+
+    (kept,) = run_packed([settings(False)], make_model(), tmp_path / "kept")
+    (recomputed,) = run_packed([settings(True)], make_model(), tmp_path / "recomputed")
+    assert_equal(recomputed, kept, 1e-5)
+
+    calls = {}
+    for recompute in (False, True):
+        model = make_model()
+        with PackedEngine(model) as engine:
+            trial = engine.admit(settings(recompute), Examples(TRAIN), "t")
+            count: list[int] = []
+            hook = model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: count.append(1))  # noqa: B023
+            engine.backward([trial])
+            hook.remove()
+            calls[recompute] = len(count)
+        assert not model.training
+    assert calls == {False: 1, True: 2}
+
+
 def test_dropout_scales_what_it_keeps() -> None:
     """Mean over many masks: the adapter's output is that without dropout, as in PEFT."""
     model = make_model()

@@ -11,6 +11,7 @@ T tokens of the row, N supervised tokens, D hidden.
 
 import contextlib
 import warnings
+from collections.abc import Iterator
 from typing import Any, Self
 
 import numpy as np
@@ -167,7 +168,8 @@ class PackedEngine:
             for trial in trials
             if trial.config.lora_dropout > 0
         }
-        with current(row):
+        recomputes = any(trial.config.gradient_checkpointing for trial in trials)
+        with current(row), _recomputing(self.model) if recomputes else contextlib.nullcontext():
             hidden_ND = self._hidden_states(row)[row.predict_N]
             loss, loss_N = weighted_loss(self.model, hidden_ND, row.target_N, row.weight_N)
             loss.backward()
@@ -219,6 +221,22 @@ class PackedEngine:
             )
             for ours, alone in zip(own, expected, strict=True)
         )
+
+
+@contextlib.contextmanager
+def _recomputing(model: PreTrainedModel) -> Iterator[None]:
+    """Keeps each layer's input only, and computes the rest again in the backward pass.
+
+    Transformers does so in training mode alone; nothing else depends on it, since what drops
+    activations is refused.
+    """
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    try:
+        yield
+    finally:
+        model.eval()
+        model.activation_checkpointing_disable()
 
 
 def lora_config(config: TrialConfig) -> LoraConfig:
