@@ -62,10 +62,10 @@ class _WeightedLoss(torch.autograd.Function):
             with torch.enable_grad():
                 hidden_nD = hidden_nD.detach().requires_grad_()
                 logits_nV = output_logits(model, hidden_nD)
-                loss_n = functional.cross_entropy(logits_nV, target_n, reduction="none")
-                (grad_nD,) = torch.autograd.grad(loss_n, hidden_nD, weight_n)
-            losses.append(loss_n.detach())
-            grads.append(grad_nD)
+            loss_n, slope_nV = _loss_and_slope(logits_nV.detach(), target_n)
+            (grad_nD,) = torch.autograd.grad(logits_nV, hidden_nD, slope_nV)
+            losses.append(loss_n)
+            grads.append(grad_nD * weight_n[:, None].to(grad_nD.dtype))
         loss_N = torch.cat(losses)
         ctx.save_for_backward(torch.cat(grads))
         ctx.mark_non_differentiable(loss_N)
@@ -75,6 +75,22 @@ class _WeightedLoss(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor, _: Any) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (grad_ND,) = ctx.saved_tensors
         return grad_ND * grad.to(grad_ND.dtype), None, None, None
+
+
+def _loss_and_slope(
+    logits_nV: torch.Tensor, target_n: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cross entropy [n] and its derivative by the logits [n, V]: one exponential for both.
+
+    Cross entropy and its backward pass would compute the exponentials twice, in two tensors more.
+    """
+    target_n1 = target_n[:, None]
+    probability_nV = torch.softmax(logits_nV, 1)
+    # The largest probability is at least 1 / V, so its logarithm is never that of zero.
+    log_sum_n1 = logits_nV.amax(1, keepdim=True) - probability_nV.amax(1, keepdim=True).log()
+    loss_n = (log_sum_n1 - logits_nV.gather(1, target_n1))[:, 0]
+    probability_nV.scatter_add_(1, target_n1, -torch.ones_like(log_sum_n1))
+    return loss_n, probability_nV
 
 
 def _chunks(model: PreTrainedModel, *tensors: torch.Tensor) -> Any:
