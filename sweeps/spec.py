@@ -5,7 +5,8 @@ trial would refuse hours later, is an error here: one line with the file, the ke
 Every listed value and every bound is tried as a `TrialConfig`, so what passes can be trained.
 """
 
-from collections.abc import Hashable, Mapping
+import math
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,39 @@ _KEYS = {
 _REQUIRED_KEYS = ("method", "parameters")
 _METRIC_KEYS = ("name", "goal", "target", "impute", "impute_while_running")
 _SCHEDULER_KEYS = ("engine", "source", "optimizer")
-_EARLY_TERMINATE_KEYS = ("type", "min_iter", "max_iter", "s", "eta", "strict")
+_EARLY_TERMINATE_KEYS = {
+    "hyperband": ("min_iter", "max_iter", "s", "eta", "strict"),
+    "asha": ("min_iter", "eta", "s", "strict"),
+    "hyperband_brackets": ("min_iter", "max_iter", "eta", "strict"),
+    "median": ("min_iter", "min_trials", "strict"),
+    "percentile": ("percentile", "min_iter", "min_trials", "strict"),
+    "patient": ("patience", "min_delta"),
+    "wilcoxon": ("min_iter", "p_threshold"),
+}
+"""Keys of each type; W&B's server knows the first alone."""
+_EARLY_TERMINATE_REQUIRED = {
+    "asha": ("min_iter",),
+    "hyperband_brackets": ("min_iter", "max_iter"),
+    "percentile": ("percentile",),
+    "patient": ("patience",),
+}
+_EARLY_TERMINATE_LEAST = {
+    "min_iter": 1,
+    "max_iter": 1,
+    "s": 1,
+    "eta": 2,
+    "min_trials": 1,
+    "patience": 1,
+}
+_EARLY_TERMINATE_LEAST_OF = {
+    "asha": {"s": 0},  # Optuna's min_early_stopping_rate
+    "hyperband_brackets": {"min_iter": 2},  # value 1 is the base model's, the same for all trials
+}
+_EARLY_TERMINATE_NUMBERS: dict[str, tuple[Callable[[float], bool], str]] = {
+    "percentile": (lambda value: 0 < value < 100, "> 0 and < 100"),
+    "p_threshold": (lambda value: 0 < value < 1, "> 0 and < 1"),
+    "min_delta": (lambda value: 0 <= value < math.inf, ">= 0 and finite"),
+}
 _TYPE_NAMES = {str: "a text", list: "a list", dict: "a mapping", int: "an integer"}
 
 
@@ -243,16 +276,37 @@ def _check_early_terminate(config: dict[str, Any], path: Path) -> None:
     if block is None:
         return
     where = f"{path}: early_terminate"
-    check_keys(block, _EARLY_TERMINATE_KEYS, where)
-    check_choice(block.get("type"), ("hyperband",), f"{where}.type")
-    if ("min_iter" in block) == ("max_iter" in block):
-        raise ConfigError(f"{where} must have min_iter, or max_iter and s, and not both")
-    if "max_iter" in block and "s" not in block:
-        raise ConfigError(f"{where}.s is missing, but max_iter needs it")
-    for key, least in (("min_iter", 1), ("max_iter", 1), ("s", 1), ("eta", 2)):
+    kind, kinds = block.get("type"), tuple(_EARLY_TERMINATE_KEYS)
+    if kind not in kinds:
+        raise ConfigError(
+            f"{where}.type is {kind!r}, but must be one of {', '.join(kinds)} (W&B's server knows "
+            f"hyperband alone){nearest(str(kind), kinds)}"
+        )
+    check_keys(block, ("type", *_EARLY_TERMINATE_KEYS[kind]), where)
+    if kind == "hyperband":
+        if ("min_iter" in block) == ("max_iter" in block):
+            raise ConfigError(f"{where} must have min_iter, or max_iter and s, and not both")
+        if "max_iter" in block and "s" not in block:
+            raise ConfigError(f"{where}.s is missing, but max_iter needs it")
+    for key in _EARLY_TERMINATE_REQUIRED.get(kind, ()):
+        if key not in block:
+            raise ConfigError(f"{where}.{key} is missing, but type {kind} needs it")
+    for key, least in (_EARLY_TERMINATE_LEAST | _EARLY_TERMINATE_LEAST_OF.get(kind, {})).items():
         value = block.get(key, least)
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise ConfigError(f"{where}.{key} is {value!r}, but must be an integer >= {least}")
+    if kind == "hyperband_brackets" and block["max_iter"] < block["min_iter"]:
+        raise ConfigError(
+            f"{where}.max_iter is {block['max_iter']}, but must be >= min_iter, which is "
+            f"{block['min_iter']}"
+        )
+    if not isinstance(block.get("strict", False), bool):
+        raise ConfigError(f"{where}.strict is {block['strict']!r}, but must be true or false")
+    for key in _EARLY_TERMINATE_NUMBERS.keys() & block.keys():
+        holds, limits = _EARLY_TERMINATE_NUMBERS[key]
+        block[key] = as_number(block[key], f"{where}.{key}")
+        if not holds(block[key]):
+            raise ConfigError(f"{where}.{key} is {block[key]!r}, but must be {limits}")
 
 
 def _type_name(value: Any) -> str:

@@ -19,7 +19,7 @@ from optuna.distributions import (
     FloatDistribution,
     IntDistribution,
 )
-from optuna.pruners import BasePruner, NopPruner, SuccessiveHalvingPruner
+from optuna.pruners import NopPruner
 from optuna.samplers import BaseSampler, GridSampler, RandomSampler, TPESampler
 from sqlalchemy import URL
 from wandb.sdk.sweeps.scheduler.client import load_optimizer_config
@@ -30,6 +30,7 @@ from wandb.sdk.sweeps.sweep_info import SweepInfo
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from sweeps.one_factor import OneFactorSampler
+from sweeps.pruning import build_pruner, stored_losses
 from sweeps.spec import SweepDefinition
 from training.exceptions import ConfigError, SweepError
 from training.paths import SweepPaths
@@ -56,7 +57,10 @@ def one_factor(sweep: SweepInfo) -> optuna.Study:
         factors[name] = _choices(spec["values"])
     if not any(len(values) > 1 for values in factors.values()):
         raise ConfigError(f"{where} vary nothing, but the one-factor design needs a factor")
-    return optuna.create_study(direction="minimize", sampler=OneFactorSampler(factors))
+    # Optuna's own default is its median pruner: it would end trials of a design that needs them all.
+    return optuna.create_study(
+        direction="minimize", sampler=OneFactorSampler(factors), pruner=NopPruner()
+    )
 
 
 def search_space(definition: SweepDefinition) -> dict[str, BaseDistribution]:
@@ -76,7 +80,8 @@ def open_study(definition: SweepDefinition, paths: SweepPaths) -> optuna.Study:
         SweepError: the file is there and is no study.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    sampler, pruner = build_sampler(definition), build_pruner(definition)
+    sampler = build_sampler(definition)
+    pruner = build_pruner(definition, stored_losses(paths))
     if definition.config.get("scheduler"):
         built = scheduler_study(definition)
         sampler, pruner = built.sampler, built.pruner
@@ -146,25 +151,6 @@ def build_sampler(definition: SweepDefinition, number: int = 0) -> BaseSampler |
             return TPESampler(constant_liar=True, seed=number)
         case _:
             return None
-
-
-def build_pruner(definition: SweepDefinition) -> BasePruner:
-    """Optuna's pruner for `early_terminate`; the resource is the number of values of the metric.
-
-    W&B's hyperband is one bracket of successive halving over that number: rungs at `min_iter`,
-    `min_iter * eta`, …, or downwards from `max_iter` in `s` divisions by `eta`.
-    """
-    block = definition.config.get("early_terminate")
-    if block is None:
-        return NopPruner()
-    eta = block.get("eta", 3)
-    if "min_iter" in block:
-        first = block["min_iter"]
-    else:
-        first = block["max_iter"]
-        for _ in range(block["s"]):
-            first = first // eta or first  # W&B leaves out rungs below 1
-    return SuccessiveHalvingPruner(min_resource=first, reduction_factor=eta)
 
 
 def planned_points(study: optuna.Study, definition: SweepDefinition) -> list[Point] | None:

@@ -91,7 +91,13 @@ def test_the_name_is_the_files_own_where_none_is_given(tmp_path):
             "method is 'grid', but must be 'custom' with scheduler.engine optuna",
         ),
         (GOOD.replace("grid", "custom"), "method is 'custom', but then scheduler must be given"),
-        (GOOD + "early_terminate: {type: median}\n", "early_terminate.type is 'median'"),
+        (
+            GOOD + "early_terminate: {type: hyperbnd}\n",
+            "early_terminate.type is 'hyperbnd', but must be one of hyperband, asha, "
+            "hyperband_brackets, median, percentile, patient, wilcoxon (W&B's server knows hyperband "
+            "alone); did you mean 'hyperband'?",
+        ),
+        (GOOD + "early_terminate: {eta: 3}\n", "early_terminate.type is None, but must be one of"),
         (GOOD + "early_terminate: {type: hyperband}\n", "early_terminate must have min_iter"),
         (
             GOOD + "early_terminate: {type: hyperband, min_iter: 0}\n",
@@ -192,6 +198,41 @@ def test_a_value_that_no_trial_can_have_is_refused(tmp_path, text, expected):
 def test_a_grid_over_a_continuous_range_is_refused(tmp_path):
     text = "method: grid\nparameters: {learning_rate: {min: 0.1, max: 0.2}}"
     assert "but a grid needs values" in message(tmp_path, text)
+
+
+@pytest.mark.parametrize(
+    ("block", "expected"),
+    [
+        ("type: hyperband, min_iter: 2, etta: 3", "etta is not a key here; did you mean 'eta'?"),
+        ("type: hyperband, min_iter: 2, eta: 1", "eta is 1, but must be an integer >= 2"),
+        ("type: hyperband, min_iter: 2, strict: 1", "strict is 1, but must be true or false"),
+        ("type: hyperband, min_iter: 2, patience: 1", "patience is not a key here"),
+        ("type: asha, eta: 3", "min_iter is missing, but type asha needs it"),
+        ("type: asha, min_iter: 2, s: -1", "s is -1, but must be an integer >= 0"),
+        ("type: asha, min_iter: 2, max_iter: 9", "max_iter is not a key here; did you mean 'min_"),
+        ("type: hyperband_brackets, min_iter: 2", "max_iter is missing, but type hyperband_brackets"),
+        ("type: hyperband_brackets, min_iter: 1, max_iter: 9", "min_iter is 1, but must be an integer >= 2"),
+        ("type: hyperband_brackets, min_iter: 4, max_iter: 3", "max_iter is 3, but must be >= min"),
+        ("type: median, min_trials: few", "min_trials is 'few', but must be an integer >= 1"),
+        ("type: percentile", "percentile is missing, but type percentile needs it"),
+        ("type: percentile, percentile: 100", "percentile is 100, but must be > 0 and < 100"),
+        ("type: patient, min_delta: 0.1", "patience is missing, but type patient needs it"),
+        ("type: patient, patience: 1.5", "patience is 1.5, but must be an integer >= 1"),
+        ("type: patient, patience: 2, min_delta: -0.1", "min_delta is -0.1, but must be >= 0 and finite"),
+        ("type: patient, patience: 2, min_delta: .inf", "min_delta is inf, but must be >= 0 and finite"),
+        ("type: wilcoxon, p_threshold: 1", "p_threshold is 1, but must be > 0 and < 1"),
+        ("type: wilcoxon, p_threshold: low", "p_threshold is 'low', but must be a number"),
+        ("type: wilcoxon, strict: true", "strict is not a key here"),
+    ],
+)  # fmt: skip
+def test_a_wrong_key_of_early_terminate_is_one_line(tmp_path, block, expected):
+    text = GOOD + f"early_terminate: {{{block}}}\n"
+    assert message(tmp_path, text).startswith(f"early_terminate.{expected}")
+
+
+def test_a_threshold_that_yaml_reads_as_text_becomes_a_number(tmp_path):
+    definition = read(tmp_path, GOOD + "early_terminate: {type: wilcoxon, p_threshold: 5e-2}\n")
+    assert definition.config["early_terminate"]["p_threshold"] == 0.05
 
 
 def test_a_missing_file_is_one_line(tmp_path):

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import optuna
+import pandas as pd
 import pytest
 import yaml
 from optuna.pruners import NopPruner, SuccessiveHalvingPruner
@@ -15,8 +16,9 @@ from wandb.sdk.sweeps.scheduler.optuna import build_optuna_optimizer
 from wandb.sdk.sweeps.sweep_info import SweepInfo
 
 from sweeps.one_factor import OneFactorSampler
+from sweeps.pruning import ConfirmedPruner, Pruning, build_pruner
 from sweeps.spec import read_definition
-from sweeps.study import build_pruner, build_sampler, open_study, search_space
+from sweeps.study import build_sampler, open_study, search_space
 from training.exceptions import ConfigError, SweepError
 from training.paths import SweepPaths
 
@@ -69,7 +71,8 @@ def test_a_random_sweep_asks_for_the_same_point_at_the_same_number(tmp_path):
 def test_hyperband_compares_at_wandbs_rungs(tmp_path, block, rungs):
     text = f"{RANDOM}\nmetric: {{name: eval/loss}}\nearly_terminate: {block}\n"
     pruner = build_pruner(define(tmp_path, text))
-    assert isinstance(pruner, SuccessiveHalvingPruner)
+    assert isinstance(pruner, ConfirmedPruner)
+    assert isinstance(pruner.inner, SuccessiveHalvingPruner)
     study = optuna.create_study(pruner=pruner)
     good = study.ask()
     for step in range(1, rungs[-1] + 1):
@@ -113,6 +116,34 @@ def test_the_study_is_kept_in_the_sweeps_directory(tmp_path):
     assert paths.study.is_file()
     moved = SweepPaths(paths.root.rename(tmp_path / "renamed"))
     assert [trial.value for trial in open_study(definition, moved).trials] == [1.5]
+
+
+def test_a_stored_study_ends_a_trial_by_the_losses_in_the_sweeps_directory(tmp_path):
+    text = RANDOM.replace("parameters: {", "parameters: {eval_steps: {value: 5}, ")
+    definition = define(
+        tmp_path,
+        f"{text}\nmetric: {{name: eval/loss}}\nearly_terminate: {{type: hyperband, min_iter: 2}}",
+    )
+    paths = SweepPaths(tmp_path)
+    reasons = []
+    for worse in (0.0, 1.0):
+        study = open_study(definition, paths)  # by another process each time
+        trial = study.ask(search_space(definition))
+        losses = [number + worse for number in range(8)]
+        path = paths.trial(trial.number).eval_losses(5)
+        path.parent.mkdir(parents=True)
+        ids = [str(number) for number in range(8)]
+        pd.DataFrame({"example_id": ids, "loss_sum": losses, "num_tokens": 1}).to_parquet(path)
+        config = definition.trial_config(trial.params)
+        reasons.append(Pruning(study, paths).decide(trial, config, 5, 3.5 + worse))
+    assert reasons[0] is None
+    assert reasons[1] is not None and "best is trial 0 with 3.5000; Wilcoxon p 0.0039" in reasons[1]
+
+
+def test_the_one_factor_design_ends_no_trial(tmp_path):
+    here = open_study(read_definition("sweeps/configs/nine_runs.yaml"), SweepPaths(tmp_path))
+    there = build_optuna_optimizer(as_wandb_gives_it("sweeps/configs/nine_runs.yaml")).study
+    assert isinstance(here.pruner, NopPruner) and isinstance(there.pruner, NopPruner)
 
 
 def test_a_file_that_is_no_study_is_one_line(tmp_path):
