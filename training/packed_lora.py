@@ -3,7 +3,8 @@
 Adapters live in PEFT's own layers (`PackedLora.add`), whose forward is replaced. All of an adapter's weights
 are views of one flat vector, and so are their gradients: clipping, AdamW and saving see a single tensor.
 Linear layers that read the same tensor (q, k and v; gate and up) form a *group* and are computed together:
-one A product for all of them, and one gradient of their input.
+one A product for all of them, and one gradient of their input. Adjoining trials of one shape are multiplied
+together where the device gains by it (`training.grouped_lora`); everything else is done stretch by stretch.
 
 T tokens of the row, t of a trial's stretch, D input and O output features, R rank, M members of a group.
 """
@@ -13,7 +14,7 @@ import copy
 import functools
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,9 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel, set_seed
 
+from training import grouped_lora
 from training.exceptions import ModelError
+from training.grouped_lora import Run, Share
 from training.row import Row, current_row
 
 _PLACEHOLDER = "packed"
@@ -51,20 +54,6 @@ class Adapter:
         return self.weights.grad.split([math.prod(shape) for _, shape in self.layout])
 
 
-@dataclass(slots=True)
-class _Share:
-    """One trial's part of a group."""
-
-    a: torch.Tensor
-    """A of all members that it adapts, [M·R, D]."""
-    grad_a: torch.Tensor
-    b: list[tuple[int, torch.Tensor, torch.Tensor]]
-    """Each such member's number in the group, its Bᵀ [R, O], and that one's gradient."""
-    rank: int
-    scaling: float
-    dropout: float
-
-
 class _Group:
     """Linear layers that read the same tensor."""
 
@@ -72,7 +61,7 @@ class _Group:
         self.number, self.members, self.names = number, members, names
         self.layers: list[Any] = [member.get_base_layer() for member in members]
         self.is_plain = all(type(layer) is nn.Linear for layer in self.layers)
-        self.shares: dict[str, _Share] = {}
+        self.shares: dict[str, Share] = {}
         # The tensor that the members are being called with, and what those not called yet return for it.
         self.input: torch.Tensor | None = None
         self.outputs: dict[int, torch.Tensor] = {}
@@ -230,7 +219,7 @@ class PackedLora:
                 self._put(adapter, group, n, "lora_B", view.T)
                 b.append((n, view, grad_view))
             scaling = config.lora_alpha / (math.sqrt(rank) if config.use_rslora else rank)
-            group.shares[name] = _Share(a, grad_a, b, rank, scaling, config.lora_dropout)
+            group.shares[name] = Share(a, grad_a, b, rank, scaling, config.lora_dropout)
         return adapter
 
     def _put(
@@ -342,24 +331,10 @@ class _PackedLinear(torch.autograd.Function):
     ) -> tuple[torch.Tensor, ...]:
         x_TD = x.reshape(-1, x.shape[-1])
         outputs = [layer(x_TD) for layer in group.layers]
-        products: list[Any] = []
-        for stretch in row.stretches:
-            share = group.shares.get(stretch.adapter) if stretch.adapter else None
-            if share is None:
-                continue
-            x_tD = x_TD[stretch.start : stretch.end]
-            seed = row.dropout_seeds.get(stretch.adapter or "")
-            masks = None if seed is None else _masks(share, group, x_tD, seed)
-            h_tR = _down(share, x_tD, masks)
-            for place, (member, b_RO, _) in enumerate(share.b):
-                outputs[member][stretch.start : stretch.end].addmm_(
-                    h_tR[:, place * share.rank : (place + 1) * share.rank],
-                    b_RO.to(h_tR.dtype),
-                    alpha=share.scaling,
-                )
-            products.append((stretch, share, h_tR, masks))
+        runs = grouped_lora.find_runs(row, group.shares, x_TD)
+        backwards = [_multiply(run, group, x_TD, outputs) for run in runs]
         ctx.save_for_backward(x_TD)
-        ctx.group, ctx.products, ctx.shape = group, products, x.shape
+        ctx.group, ctx.backwards, ctx.shape = group, backwards, x.shape
         return tuple(output.view(*x.shape[:-1], -1) for output in outputs)
 
     @staticmethod
@@ -374,20 +349,49 @@ class _PackedLinear(torch.autograd.Function):
                     grad_TD = grad_TO @ weight_OD
                 else:
                     grad_TD.addmm_(grad_TO, weight_OD)
-        for stretch, share, h_tR, masks in ctx.products:
-            rows = slice(stretch.start, stretch.end)
-            grad_tR = torch.empty_like(h_tR)
-            for place, (member, b_RO, grad_b_RO) in enumerate(share.b):
-                columns = slice(place * share.rank, (place + 1) * share.rank)
-                grad_tO = grads_TO[member][rows]
-                _accumulate(grad_b_RO, h_tR[:, columns].T, grad_tO, share.scaling)
-                grad_tR[:, columns] = grad_tO @ b_RO.to(grad_tO.dtype).T
-            grad_tR.mul_(share.scaling)
-            _up(share, x_TD[rows], grad_tR, masks, None if grad_TD is None else grad_TD[rows])
+        for backward in ctx.backwards:
+            backward(x_TD, grads_TO, grad_TD)
         return (None if grad_TD is None else grad_TD.view(ctx.shape)), None, None, None
 
 
-def _masks(share: _Share, group: _Group, x_tD: torch.Tensor, seed: int) -> list[torch.Tensor]:
+def _multiply(
+    run: Run, group: _Group, x_TD: torch.Tensor, outputs_TO: list[torch.Tensor]
+) -> Callable[..., None]:
+    """Adds a run's products to the outputs, grouped or sliced; returns what does their backward."""
+    if len(run.shares) > 1:
+        h_tR = grouped_lora.forward(run, x_TD, outputs_TO)
+        return functools.partial(grouped_lora.backward, run, h_tR)
+    (share,) = run.shares
+    x_tD = x_TD[run.rows]
+    masks = None if run.seed is None else _masks(share, group, x_tD, run.seed)
+    h_tR = _down(share, x_tD, masks)
+    for place, (member, b_RO, _) in enumerate(share.b):
+        outputs_TO[member][run.rows].addmm_(
+            h_tR[:, share.columns(place)], b_RO.to(h_tR.dtype), alpha=share.scaling
+        )
+    return functools.partial(_slice_backward, share, run.rows, h_tR, masks)
+
+
+def _slice_backward(
+    share: Share,
+    rows: slice,
+    h_tR: torch.Tensor,
+    masks: list[torch.Tensor] | None,
+    x_TD: torch.Tensor,
+    grads_TO: list[torch.Tensor],
+    grad_TD: torch.Tensor | None,
+) -> None:
+    grad_tR = torch.empty_like(h_tR)
+    for place, (member, b_RO, grad_b_RO) in enumerate(share.b):
+        columns = share.columns(place)
+        grad_tO = grads_TO[member][rows]
+        _accumulate(grad_b_RO, h_tR[:, columns].T, grad_tO, share.scaling)
+        grad_tR[:, columns] = grad_tO @ b_RO.to(grad_tO.dtype).T
+    grad_tR.mul_(share.scaling)
+    _up(share, x_TD[rows], grad_tR, masks, None if grad_TD is None else grad_TD[rows])
+
+
+def _masks(share: Share, group: _Group, x_tD: torch.Tensor, seed: int) -> list[torch.Tensor]:
     """What dropout keeps of each member's input: a function of the seed and the layer alone.
 
     So a recomputed forward pass draws the same masks, and a resumed trial has no generator to restore.
@@ -401,7 +405,7 @@ def _masks(share: _Share, group: _Group, x_tD: torch.Tensor, seed: int) -> list[
     return masks
 
 
-def _down(share: _Share, x_tD: torch.Tensor, masks: list[torch.Tensor] | None) -> torch.Tensor:
+def _down(share: Share, x_tD: torch.Tensor, masks: list[torch.Tensor] | None) -> torch.Tensor:
     """x Aᵀ of all members side by side: [t, M·R]."""
     a = share.a.to(x_tD.dtype)
     if masks is None:
@@ -412,7 +416,7 @@ def _down(share: _Share, x_tD: torch.Tensor, masks: list[torch.Tensor] | None) -
 
 
 def _up(
-    share: _Share,
+    share: Share,
     x_tD: torch.Tensor,
     grad_tR: torch.Tensor,
     masks: list[torch.Tensor] | None,
