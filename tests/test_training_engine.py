@@ -24,7 +24,7 @@ from tiny_packs import (
 )
 from trl.trainer.sft_trainer import SFTTrainer
 
-from training.engine import PackedEngine
+from training.engine import EVAL_TOKENS, PackedEngine
 from training.evaluate import example_losses, mean_loss
 from training.examples import Examples
 from training.exceptions import ModelError
@@ -204,6 +204,42 @@ def test_evaluation_equals_the_padded_one(tmp_path: Path) -> None:
     expected = example_losses(plain.get_base_model(), VALIDATION, 4)
     np.testing.assert_allclose(adapted["loss_sum"], expected["loss_sum"], rtol=1e-5)
     assert abs(mean_loss(adapted) - mean_loss(base)) > 1e-3
+
+
+def test_an_evaluation_out_of_memory_goes_on_with_shorter_rows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rows: list[int] = []
+    examples = Examples(VALIDATION)
+    with PackedEngine(make_model()) as engine:
+        trial = engine.admit(make_config(), Examples(TRAIN), "t")
+        torch.nn.init.normal_(trial.adapter.weights, std=0.1)
+        expected = engine.evaluate(trial, examples)
+        hidden_states = engine._hidden_states
+
+        def short_of_memory(row: Any) -> torch.Tensor:
+            rows.append(len(row))
+            if len(row) > fitting:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return hidden_states(row)
+
+        monkeypatch.setattr(engine, "_hidden_states", short_of_memory)
+        fitting = 2 * int(examples.lengths.max())
+        found = engine.evaluate(trial, examples)
+        assert rows[0] > fitting
+        assert 0 < engine.eval_tokens < EVAL_TOKENS
+        failures = sum(row > fitting for row in rows)
+        rows.clear()
+        engine.evaluate(trial, examples)  # does not run into it again
+        assert failures > 0 and max(rows) <= fitting
+        fitting = int(examples.lengths.max())  # one example a row, where it must be
+        alone = engine.evaluate(trial, examples)
+        fitting -= 1
+        with pytest.raises(torch.OutOfMemoryError):
+            engine.evaluate(trial, examples)
+    assert list(found["example_id"]) == list(expected["example_id"])
+    for losses in (found, alone):
+        np.testing.assert_allclose(losses["loss_sum"], expected["loss_sum"], rtol=1e-5)
 
 
 def test_the_saved_configuration_is_pefts(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ import torch
 from peft import LoraConfig
 from transformers import PreTrainedModel
 
-from training import attention
+from training import attention, grouped_lora
 from training.attention import packed_attention_of
 from training.config import TrialConfig
 from training.evaluate import check_head
@@ -33,7 +33,7 @@ from training.trial import StepResult, TrialState
 
 ENGINE = "packed"
 EVAL_TOKENS = 4096
-"""Tokens of an evaluation's row; longer examples have rows of their own."""
+"""Tokens of an evaluation's row, fewer where memory is short; longer examples have rows of their own."""
 
 
 class PackedEngine:
@@ -51,6 +51,7 @@ class PackedEngine:
         check_model(model)
         self.model = model
         self.trials: list[TrialState] = []
+        self.eval_tokens = EVAL_TOKENS
         self._open = contextlib.ExitStack()
         check_head(model, _check_sequences(model)[0][0][:8].tolist())
         expected = _hidden_states_alone(model)
@@ -59,6 +60,7 @@ class PackedEngine:
         try:
             self._open.enter_context(packed_attention_of(model))
             self._check_exact(expected)
+            self._check_grouped_products()
         except BaseException:
             self._open.close()
             raise
@@ -107,7 +109,8 @@ class PackedEngine:
         Raises:
             torch.OutOfMemoryError: after which every trial is at the beginning of its optimizer step.
         """
-        trials = list(self.trials)
+        # Trials of one shape stand beside one another: so their products can be grouped.
+        trials = sorted(self.trials, key=lambda trial: _adapter_shape(trial.config))
         parts = [trial.next_part() for trial in trials]
         try:
             row, loss_N = self.backward(trials, parts)
@@ -132,17 +135,23 @@ class PackedEngine:
         Args:
             trial: whose adapter to use; None is the base model.
             examples: the split.
+
+        Raises:
+            torch.OutOfMemoryError: one example alone does not fit; rows of several are made smaller until
+                they do, and stay so.
         """
-        adapter = trial.adapter.name if trial else None
         loss_sum = np.zeros(len(examples))
         order = np.argsort(-examples.lengths, kind="stable")  # what does not fit fails at once
-        with torch.no_grad():
-            for indices in _by_tokens(order, examples.lengths):
-                part = Part(adapter=adapter, sequences=[examples[index] for index in indices])
-                row = build_row([part], self.model.device)
-                hidden_ND = self._hidden_states(row)[row.predict_N]
-                loss_N = token_losses(self.model, hidden_ND, row.target_N)
-                loss_sum[indices] = _sum_by(row.sequence_N, loss_N.double(), row.num_sequences)
+        while len(order):
+            indices = order[: _num_fitting(examples.lengths[order], self.eval_tokens)]
+            sums = self._loss_sums(trial, examples, indices)
+            if sums is None:
+                self.eval_tokens = int(examples.lengths[indices].sum()) // 2
+                if self.model.device.type == "cuda":
+                    torch.cuda.empty_cache()
+                continue
+            loss_sum[indices] = sums
+            order = order[len(indices) :]
         return pd.DataFrame(
             {
                 "example_id": examples.ids,
@@ -150,6 +159,23 @@ class PackedEngine:
                 "num_tokens": examples.num_supervised,
             }
         )
+
+    @torch.no_grad()
+    def _loss_sums(
+        self, trial: TrialState | None, examples: Examples, indices: np.ndarray
+    ) -> np.ndarray | None:
+        """The loss of each of these examples, in one row; None if they do not fit, and are several."""
+        adapter = trial.adapter.name if trial else None
+        part = Part(adapter=adapter, sequences=[examples[index] for index in indices])
+        try:
+            row = build_row([part], self.model.device)
+            hidden_ND = self._hidden_states(row)[row.predict_N]
+            loss_N = token_losses(self.model, hidden_ND, row.target_N)
+            return _sum_by(row.sequence_N, loss_N.double(), row.num_sequences)
+        except torch.OutOfMemoryError:
+            if len(indices) == 1:
+                raise
+            return None  # the caller tries again when this frame, and so its tensors, are gone
 
     def hidden_states_of(self, sequences: list[Sequence]) -> torch.Tensor:
         """The base model's last hidden states of a row of sequences, [T, D], with a graph to measure."""
@@ -207,6 +233,29 @@ class PackedEngine:
             "alone (a layer of a kind that the packed engine does not know): use --engine trl"
         )
 
+    def _check_grouped_products(self) -> None:
+        """Switches grouped LoRA products off where they would be taken and are wrong on this machine."""
+        device, dtype = self.model.device, self.model.dtype
+        if not grouped_lora.is_taken(device, dtype):
+            return
+        shapes = {
+            (group.layers[0].in_features, *(layer.out_features for layer in group.layers))
+            for group in self.lora.groups
+        }
+        for features, *outputs in sorted(shapes):
+            if not grouped_lora.is_aligned([features, *outputs], dtype):
+                continue  # sliced anyway
+            fault = grouped_lora.find_fault(features, outputs, device, dtype)
+            if fault is not None:
+                grouped_lora.disabled.add(grouped_lora.NAME)
+                warnings.warn(
+                    f"grouped LoRA products ({grouped_lora.NAME}) are not exact on {device} ({fault}): "
+                    "going on with sliced ones",
+                    RuntimeWarning,
+                    stacklevel=3,
+                )
+                return
+
     def _is_exact(self, expected: list[torch.Tensor]) -> bool:
         sequences = _check_sequences(self.model)
         row = build_row([Part(adapter=None, sequences=sequences)], self.model.device)
@@ -250,6 +299,10 @@ def lora_config(config: TrialConfig) -> LoraConfig:
         use_rslora=config.use_rslora,
         task_type="CAUSAL_LM",
     )
+
+
+def _adapter_shape(config: TrialConfig) -> tuple[bool, int, list[str]]:
+    return config.lora_dropout > 0, config.lora_r, sorted(config.lora_target_modules)
 
 
 def check_model(model: PreTrainedModel) -> None:
@@ -298,12 +351,6 @@ def _sum_by(sequence_N: np.ndarray, value_N: torch.Tensor, num: int) -> np.ndarr
     return np.bincount(sequence_N, weights=value_N.cpu().numpy(), minlength=num)
 
 
-def _by_tokens(order: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
-    """Cuts `order` where the next example would make a row longer than EVAL_TOKENS."""
-    cuts, total = [], 0
-    for place, index in enumerate(order):
-        if total and total + lengths[index] > EVAL_TOKENS:
-            cuts.append(place)
-            total = 0
-        total += int(lengths[index])
-    return np.split(order, cuts)
+def _num_fitting(lengths: np.ndarray, num_tokens: int) -> int:
+    """How many of the first examples a row of at most `num_tokens` holds; at least one."""
+    return max(1, int(np.searchsorted(np.cumsum(lengths), num_tokens, side="right")))
