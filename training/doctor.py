@@ -1,12 +1,12 @@
 """What to run first on a new machine: what is there, whether packed training is exact on it, how many slots.
 
-Two trials of different rank, length and batch are differentiated once in a pack and once each alone through
-plain PEFT and the model's own attention, on this device. Under a minute with the demo model.
+Two trials of different length, batch and rank (but for grouped products, of one) are differentiated once in a
+pack and once each alone through plain PEFT and the model's own attention, on this device. Under a minute with
+the demo model.
 """
 
 import platform
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import metadata
 from typing import Any
@@ -74,24 +74,26 @@ def print_versions() -> None:
 
 def check_exactness(config: TrialConfig, model: Any) -> list[str]:
     """Prints each check's largest difference; the failures, in words."""
-    from training.attention import FAST_PATHS, disabled
+    from training import attention, grouped_lora
 
     print("exactness   largest relative difference to each trial alone in PEFT")
-    problems = []
-    checks: list[tuple[str, Callable[[], float]]] = [
-        ("fast attention", lambda: _difference(config, model)),
-        ("generic attention", lambda: _without_fast_paths(config, model)),
-    ]
     tolerance = _TOLERANCE[str(model.dtype).removeprefix("torch.")]
-    for name, check in checks:
-        difference = check()
+    problems = []
+
+    def check(name: str, difference: float) -> None:
         is_right = difference <= tolerance  # NaN is not
         verdict = "ok" if is_right else "FAILED"
         print(f"            {name:<18} {difference:.1e}  (at most {tolerance:.0e})  {verdict}")
         if not is_right:
             problems.append(f"{name} differs by {difference:.1e} from each trial alone")
-    if disabled & FAST_PATHS:
-        print(f"            switched off: {', '.join(sorted(disabled))}")
+
+    check("fast attention", _difference(config, model))
+    check("generic attention", _without_fast_paths(config, model))
+    if grouped_lora.is_taken(model.device, model.dtype):
+        check("grouped products", _difference(config, model, ranks=(16, 16)))
+    switched_off = attention.disabled | grouped_lora.disabled
+    if switched_off:
+        print(f"            switched off: {', '.join(sorted(switched_off))}")
     return problems
 
 
@@ -126,14 +128,14 @@ def _without_fast_paths(config: TrialConfig, model: Any) -> float:
         disabled.intersection_update(before)
 
 
-def _difference(config: TrialConfig, model: Any) -> float:
+def _difference(config: TrialConfig, model: Any, ranks: tuple[int, int] = (8, 16)) -> float:
     """Largest difference of losses and of adapter gradients, relative to the largest gradient."""
     from training.engine import PackedEngine
     from training.examples import Examples
 
     trials = [
-        (_changed(config, lora_r=8, batch=2, seed=1), _random_examples(model, 5, 40)),
-        (_changed(config, lora_r=16, batch=3, seed=2), _random_examples(model, 7, 90)),
+        (_changed(config, lora_r=ranks[0], batch=2, seed=1), _random_examples(model, 5, 40)),
+        (_changed(config, lora_r=ranks[1], batch=3, seed=2), _random_examples(model, 7, 90)),
     ]
     differences = []
     with PackedEngine(model) as engine:
