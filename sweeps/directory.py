@@ -7,10 +7,11 @@ point twice. What the directory says about its trials is read by `sweeps.ledger`
 import fcntl
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from sweeps.environment import describe_environment
 from sweeps.ledger import TrialRecord, read_sweep
@@ -25,6 +26,9 @@ from training.paths import (
     write_json,
     write_text,
 )
+
+ORPHANS_END_S = 60.0
+"""Longest that workers may take to save their trials after their runner was killed."""
 
 
 def check_directory(definition: SweepDefinition, paths: SweepPaths) -> None:
@@ -49,22 +53,49 @@ def check_directory(definition: SweepDefinition, paths: SweepPaths) -> None:
 
 
 @contextmanager
-def locked(paths: SweepPaths) -> Iterator[None]:
-    """Holds the sweep's lock; the kernel frees it however the process ends."""
+def locked(paths: SweepPaths) -> Iterator[IO[str]]:
+    """Holds the sweep's lock, in an open file that worker processes inherit.
+
+    The kernel frees it when all that have the file open have ended, however they end: so workers whose
+    runner was killed are waited for, up to `ORPHANS_END_S` seconds.
+
+    Raises:
+        SweepError: another process runs the sweep.
+    """
     paths.root.mkdir(parents=True, exist_ok=True)
     with open(paths.lock, "a+", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        deadline = time.monotonic() + ORPHANS_END_S
+        while not _try_lock(file):
             file.seek(0)
-            owner = file.read().strip() or "unknown"
-            raise SweepError(
-                f"{paths.root}: is being run by process {owner}, but one at a time must be"
-            ) from None
+            owner = file.read().strip()
+            if _is_alive(owner) or time.monotonic() > deadline:
+                raise SweepError(
+                    f"{paths.root}: is being run by process {owner or 'unknown'}, but one at a time "
+                    "must be"
+                )
+            time.sleep(0.1)
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
-        yield
+        yield file
+
+
+def _try_lock(file: IO[str]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _is_alive(owner: str) -> bool:
+    try:
+        os.kill(int(owner), 0)
+    except (ValueError, ProcessLookupError):
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def write_definition(definition: SweepDefinition, paths: SweepPaths) -> None:

@@ -5,6 +5,7 @@ number. Reads only; never opens the study, so it is safe while the sweep is runn
 """
 
 import json
+import statistics
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -38,6 +39,8 @@ class TrialRecord:
     """`result.json`; empty while running."""
     retry_of: int | None
     """Number of the failed trial that this one repeats."""
+    seed_of: int | None = None
+    """Number of the trial whose settings this one has with another seed."""
 
     @property
     def config(self) -> TrialConfig:
@@ -87,11 +90,26 @@ class SweepRecord:
         raise SweepError(f"{self.paths.root}: trial {number} is not there")
 
     def best(self) -> TrialRecord:
-        """The finished trial with the lowest validation loss; the first of equals."""
+        """The finished trial with the lowest validation loss; the first of equals.
+
+        Of settings trained with several seeds the mean counts, and the trial is that of the first seed:
+        the luckiest seed says nothing about the settings.
+        """
         scored = [trial for trial in self.finished if trial.loss is not None]
-        if not scored:
+        firsts = [trial for trial in scored if trial.seed_of is None] or scored
+        if not firsts:
             raise SweepError(f"{self.paths.root}: no trial has finished, so there is no best one")
-        return min(scored, key=lambda trial: (trial.loss, trial.number))
+        return min(
+            firsts, key=lambda trial: (statistics.mean(self.seed_losses(trial)), trial.number)
+        )
+
+    def seed_losses(self, trial: TrialRecord) -> list[float]:
+        """Losses of the trial and of its further seeds."""
+        return [
+            other.loss
+            for other in self.finished
+            if other.loss is not None and trial.number in (other.number, other.seed_of)
+        ]
 
 
 def read_sweep(root: str | Path) -> SweepRecord:
@@ -132,6 +150,7 @@ def read_trial(paths: TrialPaths) -> TrialRecord:
         state=result.get("state", "running"),
         result=result,
         retry_of=config.get("retry_of"),
+        seed_of=config.get("seed_of"),
     )
 
 

@@ -52,12 +52,12 @@ def loss_of(config):
     return 2 - config.max_steps / 10 - adapter - config.learning_rate
 
 
-def quick_jobs(next_job, done, *, engine, options):
+def quick_jobs(trials, *, engine, options):
     """Stands in for `training.run.run_jobs`: fills the slots, then ends the oldest trial."""
     trial = sys.modules["training.run"].__dict__["run_trial"]
     slots = []
     while True:
-        while len(slots) < max(1, options.slots) and (job := next_job()) is not None:
+        while len(slots) < max(1, options.slots) and (job := trials.next_job()) is not None:
             slots.append(job)
         if not slots:
             return
@@ -71,7 +71,7 @@ def quick_jobs(next_job, done, *, engine, options):
             if isinstance(error, OSError) and error.errno == errno.ENOSPC:
                 raise
             outcome = error
-        done(job, outcome)
+        trials.done(job, outcome)
 
 
 class QuickTrial:
@@ -87,6 +87,8 @@ class QuickTrial:
         write_json(paths.config, {"settings": config.to_dict(), "engine": "trl", **info})
         for step in range(1, config.max_steps + 1):
             time.sleep(self.step_time_s)
+            if options.stop.is_set():
+                raise KeyboardInterrupt
             with open(paths.metrics, "a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step, "train/loss": 1.0}) + "\n")
         error = self.errors.get(info["number"]) or self.errors.get(info["name"])
@@ -129,14 +131,16 @@ class Runner:
         self.root = root
         self.paths = SweepPaths(root / "runs" / "x")
 
-    def __call__(self, text, *, output_dir="runs", num_trials=None, slots=1):
+    def __call__(self, text, *, output_dir="runs", num_trials=None, slots=1, **more):
         path = self.root / "x.yaml"
         path.write_text(text, encoding="utf-8")
         options = RunOptions(
             output_dir=str(self.root / output_dir),
             num_trials=num_trials,
             slots=slots,
+            workers=0,
             report_to="none",
+            **more,
         )
         return run_sweep(read_definition(path), options)
 
@@ -321,9 +325,9 @@ def test_an_interrupted_trial_is_run_again_under_its_number(run, error):
 
 
 def test_a_trial_that_ended_before_it_was_told_is_not_trained_again(quick_trial, run, monkeypatch):
-    import sweeps.run
+    from sweeps.trial_queue import TrialQueue
 
-    tell = sweeps.run._Run._tell
+    tell = TrialQueue._tell
 
     def killed(self, number, result):
         if number == 1:
@@ -331,7 +335,7 @@ def test_a_trial_that_ended_before_it_was_told_is_not_trained_again(quick_trial,
         tell(self, number, result)
 
     with monkeypatch.context() as patch:
-        patch.setattr(sweeps.run._Run, "_tell", killed)
+        patch.setattr(TrialQueue, "_tell", killed)
         with pytest.raises(KeyboardInterrupt):
             run(ONE_FACTOR)
     record = run(ONE_FACTOR)
@@ -439,7 +443,14 @@ def command():
 def start(tmp_path, text, code: str | None = COMMAND):
     path = tmp_path / "x.yaml"
     path.write_text(text, encoding="utf-8")
-    argv = [str(path), "--output_dir", str(tmp_path / "runs"), "--report_to", "none"]
+    argv = [
+        str(path),
+        *(["--workers", "0"] if code else []),
+        "--output_dir",
+        str(tmp_path / "runs"),
+        "--report_to",
+        "none",
+    ]
     python = ["-c", code] if code else ["-m", "sweeps.run"]
     return subprocess.Popen(
         [sys.executable, *python, *argv],
@@ -459,16 +470,20 @@ def wait_for_step(paths, number, step, timeout_s):
     raise AssertionError(f"trial {number} did not reach step {step} in {timeout_s} s")
 
 
-@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
 def test_the_same_command_continues_after_a_kill_and_trains_nothing_twice(tmp_path, sent):
     paths = SweepPaths(tmp_path / "runs" / "x")
     process = start(tmp_path, ONE_FACTOR)
     wait_for_step(paths, 2, 1, timeout_s=60)
     process.send_signal(sent)
     _, stderr = process.communicate(timeout=30)
-    if sent == signal.SIGINT:
-        assert process.returncode == 130
-        assert stderr.strip() == "interrupted; the same command continues"
+    if sent != signal.SIGKILL:
+        assert process.returncode == 128 + sent
+        assert stderr.strip().splitlines() == [
+            "saving the trials in flight; once more to end at once",
+            "",
+            "interrupted; the same command continues",
+        ]
     ended = {trial.number: trial.paths.result.stat().st_mtime_ns
              for trial in read_sweep(paths.root).finished}  # fmt: skip
     assert set(ended) == {0, 1}

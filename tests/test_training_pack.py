@@ -11,14 +11,14 @@ import torch
 from training.config import TrialConfig
 from training.engine import PackedEngine
 from training.exceptions import DataError, ModelError
-from training.job import Job, JobOptions, Outcome
+from training.job import Job, JobOptions, Outcome, Trials
 from training.pack import run_pack
 from training.paths import TrialPaths, read_json
 from training.recorder import TrialRecorder
 from training.run import run_trial
 
 
-class Queue:
+class Queue(Trials):
     """Jobs to train, and what became of them."""
 
     def __init__(self, root: Path, configs: list[TrialConfig]):
@@ -48,7 +48,7 @@ class Queue:
         self.on_done(number)
 
     def run(self, slots: int) -> None:
-        run_pack(self.next_job, self.done, JobOptions(slots=slots, report_to="none"))
+        run_pack(self, JobOptions(slots=slots, report_to="none"))
 
     def result(self, number: int) -> dict[str, Any]:
         return read_json(self.jobs[number].paths.result)

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from training.paths import read_json, write_directory, write_json
 from training.trial import TrialState
 
-VERSION = 1
+VERSION = 2
 """Of the files; a state of another version is not used."""
 
 _TENSORS = "state.safetensors"
@@ -58,11 +58,11 @@ def restore(trial: TrialState, state: SavedState) -> None:
     """Puts a freshly admitted trial where `state` was captured.
 
     Raises:
-        ValueError: the state is another trial's: its settings or its layers differ.
+        ValueError: the state's layers are others than the trial's, or it has more steps than the trial.
     """
     layout = [[name, list(shape)] for name, shape in trial.adapter.layout]
-    if state.settings != trial.config.to_dict() or state.layout != layout:
-        raise ValueError("the saved state is that of a trial with other settings or layers")
+    if state.layout != layout or state.step > trial.config.max_steps:
+        raise ValueError("the saved state is that of a trial with other layers or more steps")
     weights = trial.adapter.weights
     with torch.no_grad():
         weights.copy_(state.tensors["weights"])
@@ -98,7 +98,7 @@ def load_state(directory: Path) -> SavedState | None:
         )
     except (OSError, KeyError, ValueError, SafetensorError, json.JSONDecodeError) as error:
         warnings.warn(
-            f"{directory}: is not used, the trial starts anew: {error}",
+            f"{directory}: is not used: {error}",
             RuntimeWarning,
             stacklevel=2,
         )

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from transformers.hf_argparser import HfArgumentParser
 
 from training.exceptions import LoraloomError, nearest
+from training.interrupts import Terminated
 
 _METAVARS = {int: "N", float: "X", str: "TEXT"}
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
@@ -108,15 +109,15 @@ def parse(parser: CommandParser, args: Sequence[str] | None = None) -> tuple[Any
 
 
 def run_command(main: Callable[[], object]) -> NoReturn:
-    """Runs `main` and ends the process: 0, 2 for what the user can change, 130 for Ctrl-C."""
+    """Runs `main` and ends the process: 0, 2 for what the user can change, 130 or 143 for a signal."""
     try:
         main()
     except LoraloomError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         print("\ninterrupted; the same command continues", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(143 if isinstance(error, Terminated) else 130)
     except (OSError, SafetensorError) as error:
         problem = _disk_problem(error)
         if problem is None:

@@ -1,11 +1,13 @@
-"""What a queue of trials is made of: a `Job` goes in, an `Outcome` comes out, `JobOptions` hold for all.
+"""What a queue of trials is made of: `Trials` gives `Job`s and takes `Outcome`s, `JobOptions` hold for all.
 
 Light to import, so that a command that decides what to train need not load what trains it.
 """
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from training.config import TrialConfig
@@ -34,10 +36,39 @@ class Job:
     """Stands before its lines on the terminal."""
     state: SavedState | None = None
     """Where it goes on, if it has begun."""
+    stages: Path | None = None
+    """Directory of the stages that it may fork, and may store; None if it shares none."""
+    branches: tuple[int, ...] = ()
+    """Steps after which other trials part from it: it is stored there."""
+    prefixes: dict[str, int] | None = field(default=None, repr=False, compare=False)
+    """`prefix_hash` of each branch, once it has been asked for."""
 
     @property
     def name(self) -> str:
         return (self.info or {}).get("name", self.paths.root.name)
+
+
+class Trials:
+    """Where trials come from, and who is told what becomes of them; a pack asks between its steps."""
+
+    def next_job(self) -> Job | None:
+        """The next trial to begin; None while there is none. Asked whenever a slot is free."""
+        raise NotImplementedError
+
+    def began(self, job: Job, step: int) -> str | None:
+        """A trial has its slot and stands after `step` steps; why it ends there, or None."""
+        return None
+
+    def evaluated(self, job: Job, step: int, loss: float) -> str | None:
+        """A validation loss, at an evaluation before the trial's last; why it ends there, or None."""
+        return None
+
+    def stored(self, job: Job, step: int) -> None:
+        """A stage of the trial's first steps can be forked from now on."""
+
+    def done(self, job: Job, outcome: Outcome) -> None:
+        """How a trial has ended. An exception raised here ends the run; the others can go on later."""
+        raise NotImplementedError
 
 
 @dataclass(kw_only=True)
@@ -52,6 +83,8 @@ class JobOptions:
     project: str = "loraloom"
     display: Display = field(default_factory=Display)
     """The terminal's view of all trials."""
+    stop: threading.Event = field(default_factory=threading.Event)
+    """Set: save every trial's state and raise KeyboardInterrupt."""
 
     def tracker(self, job: Job) -> Tracker:
         """Opens the tracker's run of one trial."""

@@ -1,9 +1,10 @@
 """Trains a queue of trials, several at once in one pack, each into its own directory.
 
-`run_pack(next_job, done)` asks `next_job` for a trial whenever a slot is free and tells `done` how each one
-ended. After every evaluation a trial's state is saved, so that a killed process loses no more than the steps
-since then: the same job again goes on from there. Out of memory, the youngest trial gives up its slot and
-continues, from its last step, when another one has ended.
+`run_pack(trials, options)` asks `trials` for a job whenever a slot is free and tells it how each one ended.
+After every evaluation a trial's state is saved, so that a killed process loses no more than the steps since
+then: the same job again goes on from there. A trial begins with the longest stage that is stored of it, and
+stores those that others will need. Out of memory, the youngest trial gives up its slot and continues, from
+its last step, when another one has ended.
 """
 
 import collections
@@ -23,31 +24,30 @@ from training.config import TrialConfig
 from training.engine import ENGINE, PackedEngine
 from training.evaluate import mean_loss
 from training.exceptions import ModelError
-from training.job import Job, JobOptions, Outcome
+from training.job import Job, JobOptions, Trials
 from training.paths import write_json
 from training.planner import check_slots, describe_plan, plan_slots
 from training.prepared import Prepared, model_key, prepare
 from training.progress import Display
 from training.recorder import TrialRecorder, begin_trial, end_with_fault, is_disk_full
+from training.stage import fork_trial, save_stage
 from training.tracking import Tracker
 from training.trial import StepResult, TrialState
 
 
-def run_pack(
-    next_job: Callable[[], Job | None],
-    done: Callable[[Job, Outcome], None],
-    options: JobOptions,
-) -> None:
-    """Trains until `next_job` has nothing and every slot is empty.
+def run_pack(trials: Trials, options: JobOptions) -> None:
+    """Trains until `trials` has nothing and every slot is empty.
 
     Args:
-        next_job: the next trial, or None while there is none; it is asked again after each `done`.
-        done: what became of a trial. An exception that it raises ends the pack: the trials in flight keep
-            their state, and the same jobs go on from there.
-        options: slots, tracker and terminal.
+        trials: gives jobs and is told of them. An exception that it raises ends the pack: the trials in
+            flight keep their state, and the same jobs go on from there.
+        options: slots, tracker, terminal.
+
+    Raises:
+        KeyboardInterrupt: `options.stop` was set; every trial's state is saved.
     """
     with options.display as display:
-        pack = _Pack(next_job, done, options, display)
+        pack = _Pack(trials, options, display)
         try:
             pack.run()
         finally:
@@ -67,8 +67,7 @@ class _Slot:
 
 @dataclass
 class _Pack:
-    next_job: Callable[[], Job | None]
-    done: Callable[[Job, Outcome], None]
+    trials: Trials
     options: JobOptions
     display: Display
     slots: list[_Slot] = field(default_factory=list)
@@ -84,6 +83,7 @@ class _Pack:
 
     def run(self) -> None:
         while True:
+            self._stop_if_asked()
             self._fill()
             if not self.slots:
                 if not self.waiting:
@@ -100,6 +100,13 @@ class _Pack:
         self.slots.clear()
         self._close_engine()
 
+    def _stop_if_asked(self) -> None:
+        if not self.options.stop.is_set():
+            return
+        for slot in self.slots:
+            save_state(capture(slot.trial, slot.recorder.record()), slot.job.paths.state)
+        raise KeyboardInterrupt
+
     def _fill(self) -> None:
         """Gives free slots to trials; asks for one more only when it can begin."""
         while not self.num_slots or len(self.slots) < self.num_slots:
@@ -111,7 +118,9 @@ class _Pack:
             except Exception as error:
                 if is_disk_full(error):
                     raise
-                self.done(job, error)
+                self.trials.done(job, error)
+                continue
+            self._guard(self.slots[-1], lambda slot=self.slots[-1]: self._begin(slot))
 
     def _next(self) -> Job | None:
         for job in self.waiting:
@@ -119,7 +128,7 @@ class _Pack:
                 self.waiting.remove(job)
                 return job
         # One trial of another base model waits until the pack is empty; more would only pile up.
-        job = None if self.waiting and self.model_key else self.next_job()
+        job = None if self.waiting and self.model_key else self.trials.next_job()
         if job is not None and self.slots and model_key(job.config) != self.model_key:
             self.waiting.append(job)
             return None
@@ -134,6 +143,8 @@ class _Pack:
         trial: TrialState | None = None
         try:
             prepared = prepare(job.config)
+            if state is None and job.stages is not None:
+                state = fork_trial(job.config, prepared.content, job.paths, job.stages)
             engine = self._engine(prepared, job.config)
             self.number += 1
             trial = engine.admit(job.config, prepared.train, f"trial{self.number}")
@@ -217,36 +228,69 @@ class _Pack:
             step_time_s=time_s,
             grad_norm=result.grad_norm,
         )
-        config = slot.job.config
+        job, trial = slot.job, slot.trial
         if not math.isfinite(result.train_loss):
-            self._end(slot, f"train/loss is {result.train_loss} at step {result.step}")
-        elif result.step % config.eval_steps == 0 or slot.trial.is_done:
-            loss = self._evaluate(slot)
-            if not math.isfinite(loss):
-                self._end(slot, f"eval/loss is not finite at step {result.step}")
-            elif slot.trial.is_done:
-                self._end(slot, None)
-            else:
-                save_state(capture(slot.trial, slot.recorder.record()), slot.job.paths.state)
+            self._end(slot, "failed", f"train/loss is {result.train_loss} at step {result.step}")
+            return
+        is_due = result.step % job.config.eval_steps == 0
+        if is_due and not self._evaluate(slot):
+            return
+        if result.step in job.branches:
+            self._store(slot)
+        if trial.is_done:
+            if is_due or self._evaluate(slot):
+                self._end(slot, "complete")
+            return
+        if is_due:
+            save_state(capture(trial, slot.recorder.record()), job.paths.state)
+            loss = slot.recorder.last_loss
+            assert loss is not None
+            reason = self.trials.evaluated(job, result.step, loss)
+            if reason is not None:
+                if any(step > result.step for step in job.branches):
+                    self._store(slot)  # for those that wait for more of it
+                self._end(slot, "pruned", reason)
 
-    def _evaluate(self, slot: _Slot) -> float:
+    def _begin(self, slot: _Slot) -> None:
+        """What has to be done before a trial's next step."""
+        reason = self.trials.began(slot.job, slot.trial.step)
+        if reason is not None:
+            self._end(slot, "pruned", reason)
+            return
+        if not slot.trial.is_done:
+            return
+        # Its stage has all of its steps.
+        if slot.recorder.last_eval_step == slot.trial.step or self._evaluate(slot):
+            self._end(slot, "complete")
+
+    def _store(self, slot: _Slot) -> None:
+        job = slot.job
+        if job.stages is not None:
+            state = capture(slot.trial, slot.recorder.record())
+            save_stage(state, job.config, slot.prepared.content, job.paths, job.stages)
+            self.trials.stored(job, state.step)
+
+    def _evaluate(self, slot: _Slot) -> bool:
+        """Whether the validation loss is finite; if not, the trial has ended."""
         assert self.engine is not None
         started = time.perf_counter()
         lora, name = self.engine.lora, slot.trial.adapter.name
         losses = self.engine.evaluate(slot.trial, slot.prepared.validation)
         slot.recorder.train_time_s += time.perf_counter() - started
         slot.recorder.log_eval(slot.trial.step, losses, lambda path: lora.save(name, path))
-        return mean_loss(losses)
+        if not math.isfinite(mean_loss(losses)):
+            self._end(slot, "failed", f"eval/loss is not finite at step {slot.trial.step}")
+            return False
+        return True
 
-    def _end(self, slot: _Slot, failure: str | None) -> None:
+    def _end(self, slot: _Slot, state: str, reason: str | None = None) -> None:
         """Writes the result; the slot is free for another trial."""
-        state = "failed" if failure else "complete"
-        result = {**slot.recorder.result(state, failure), **slot.prepared.splits.hashes}
+        result = {**slot.recorder.result(state, reason), **slot.prepared.splits.hashes}
         self._leave(slot)
         write_json(slot.job.paths.result, result)
         shutil.rmtree(slot.job.paths.state, ignore_errors=True)
         slot.tracker.finish(result)
-        self.done(slot.job, result)
+        self.trials.done(slot.job, result)
 
     def _guard(self, slot: _Slot, work: Callable[[], None]) -> None:
         """A fault that is one trial's own ends that trial, and its pack-mates go on."""
@@ -254,13 +298,13 @@ class _Pack:
             work()
         except Exception as error:
             if slot not in self.slots or is_disk_full(error):
-                raise  # it came from `done`, or every trial would meet it
+                raise  # it came from `trials`, or every trial would meet it
             self._fail(slot, error)
 
     def _fail(self, slot: _Slot, error: Exception) -> None:
         self._leave(slot)
         end_with_fault(error, slot.job.paths, slot.tracker)
-        self.done(slot.job, error)
+        self.trials.done(slot.job, error)
 
     def _leave(self, slot: _Slot) -> None:
         assert self.engine is not None

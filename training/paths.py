@@ -61,7 +61,12 @@ class TrialPaths:
 
     def eval_losses(self, step: int) -> Path:
         """Per-example validation losses at `step` (0 is the base model)."""
-        return self.root / "eval" / f"{step}.parquet"
+        return self.evaluations / f"{step}.parquet"
+
+    @property
+    def evaluations(self) -> Path:
+        """Directory of `eval_losses`."""
+        return self.root / "eval"
 
     def test_losses(self, step: int) -> Path:
         """Per-example test losses at `step`, written when the trial is scored for promotion."""
@@ -133,6 +138,16 @@ class SweepPaths:
 
     def trial(self, number: int) -> TrialPaths:
         return TrialPaths(self.trials / f"{number:04d}")
+
+    @property
+    def stages(self) -> Path:
+        """Stretches of steps that trials share, each in a directory named by its content."""
+        return self.root / "stages"
+
+    @property
+    def decisions(self) -> Path:
+        """One JSON object a line for every time that a trial might have been pruned."""
+        return self.root / "pruning.jsonl"
 
     @property
     def report(self) -> Path:

@@ -4,15 +4,18 @@ Each is kept for the next trial that needs the same, so that a sweep loads its m
 """
 
 import functools
+import hashlib
 import json
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from training.config import TrialConfig
 from training.data import DATA_SETTINGS, DataSplits, load_splits
 from training.examples import Examples
-from training.model import load_model, load_tokenizer
+from training.model import load_model, load_tokenizer, resolve_model
 from training.sources import local_file
 
 _MODEL_SETTINGS = (
@@ -38,6 +41,8 @@ class Prepared:
     model_key: str
     """Equal for trials that can share a pack."""
     data_key: str
+    content: str
+    """Hash of the base model's files, its dtype and device, and the examples."""
 
 
 def prepare(config: TrialConfig) -> Prepared:
@@ -53,7 +58,9 @@ def prepare(config: TrialConfig) -> Prepared:
         data_key += f"\n{status.st_mtime_ns} {status.st_size}"
     key = model_key(config)
     tokenizer, splits, train, validation = _data(data_key)
-    return Prepared(tokenizer, splits, _model(key), train, validation, key, data_key)
+    model, base = _model(key)
+    content = _hash([base, splits.hashes])
+    return Prepared(tokenizer, splits, model, train, validation, key, data_key, content)
 
 
 def model_key(config: TrialConfig) -> str:
@@ -85,7 +92,8 @@ def _data(key: str) -> tuple[PreTrainedTokenizerBase, DataSplits, Examples, Exam
 
 
 @functools.lru_cache(maxsize=1)
-def _model(key: str) -> PreTrainedModel:
+def _model(key: str) -> tuple[PreTrainedModel, str]:
+    """The base model, and a hash of its files."""
     config = _config(key)
     model = load_model(config)
     precision = "4-bit NF4" if config.load_in_4bit else str(model.dtype).removeprefix("torch.")
@@ -94,4 +102,22 @@ def _model(key: str) -> PreTrainedModel:
         f"parameters, {precision}, on {model.device}",
         flush=True,
     )
-    return model
+    return model, _hash([_source_hash(config, model), str(model.dtype), model.device.type])
+
+
+def _source_hash(config: TrialConfig, model: PreTrainedModel) -> str:
+    """Of a hub model its commit, of a directory what is in it."""
+    source = Path(resolve_model(config))
+    commit = getattr(model.config, "_commit_hash", None)
+    if not source.is_dir():
+        return f"{source} {commit}"
+    digest = hashlib.sha256()
+    for path in sorted(source.iterdir()):
+        if path.suffix in (".json", ".safetensors", ".jinja", ".model", ".txt"):
+            with open(path, "rb") as file:
+                digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

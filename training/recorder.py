@@ -29,6 +29,9 @@ _RECORD = (
     "last_loss",
     "best_step",
     "best_loss",
+    "last_eval_step",
+    "forked_from",
+    "steps_saved",
 )
 
 
@@ -60,12 +63,17 @@ class TrialRecorder:
         self.last_loss: float | None = None
         self.best_step: int | None = None
         self.best_loss = math.inf
+        self.last_eval_step = 0
+        self.forked_from: dict[str, Any] | None = None
+        self.steps_saved = 0
         paths.root.mkdir(parents=True, exist_ok=True)
         if record is not None:
             vars(self).update({name: record[name] for name in _RECORD})
             self.best_loss = math.inf if self.best_loss is None else self.best_loss
             _forget_after(paths.metrics, self.num_steps)
             progress.resumed(self.num_steps)
+            if self.forked_from and self.num_steps == self.steps_saved:
+                self._tell_history()
         self.file = open(paths.metrics, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
         if record is None:
             write_atomic(paths.eval_losses(0), base_losses.to_parquet)
@@ -111,7 +119,7 @@ class TrialRecorder:
     ) -> None:
         """One evaluation on the validation split; `save_adapter(directory)` is called if it is the best."""
         loss = mean_loss(losses)
-        self.last_loss = loss
+        self.last_loss, self.last_eval_step = loss, step
         write_atomic(self.paths.eval_losses(step), losses.to_parquet)
         self._log(step, {"eval/loss": loss})
         is_best = loss < self.best_loss
@@ -133,13 +141,21 @@ class TrialRecorder:
             "num_steps": self.num_steps,
             "train_time_s": round(self.train_time_s, 3),
             "tokens": self.tokens,
-            "forked_from": None,
-            "steps_saved": 0,
+            "forked_from": self.forked_from,
+            "steps_saved": self.steps_saved,
         }
 
     def close(self) -> None:
         self.file.close()
         self.progress.close()
+
+    def _tell_history(self) -> None:
+        """Tells the tracker what another trial measured on the steps that this one takes over."""
+        for line in self.paths.metrics.read_text("utf-8").splitlines():
+            metrics = json.loads(line)
+            step = metrics.pop("step")
+            metrics.pop("time", None)
+            self.tracker.log(step, metrics)
 
     def _log(self, step: int, metrics: Mapping[str, float]) -> None:
         # A loss that is not a number is not JSON, either: the line then says null.

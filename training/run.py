@@ -9,7 +9,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,8 @@ from filelock import FileLock, Timeout
 from training.cli import make_parser, parse, run_command
 from training.config import TrialConfig
 from training.exceptions import SweepError
-from training.job import Engine, Job, JobOptions, Outcome
+from training.interrupts import stops_gently
+from training.job import Engine, Job, JobOptions, Outcome, Trials
 from training.paths import TrialPaths, read_json
 from training.tracking import ReportTo
 
@@ -110,47 +111,48 @@ def run_trial(
         Exception: any other fault; both are in result.json and trial.log as well. A full disk and
             Ctrl-C leave no result.json, so that the trial counts as unfinished.
     """
-    outcomes: list[Any] = []
-    jobs = [Job(config=config, paths=paths, info=info)]
+    trial = _OneTrial(Job(config=config, paths=paths, info=info))
     options = JobOptions(slots=1, report_to=report_to, group=group, project=project)
-    run_jobs(
-        lambda: jobs.pop() if jobs else None,
-        lambda _, outcome: outcomes.append(outcome),
-        engine=engine,
-        options=options,
-    )
-    (outcome,) = outcomes
-    if isinstance(outcome, Exception):
-        raise outcome
-    return outcome
+    with stops_gently(options.stop):
+        run_jobs(trial, engine=engine, options=options)
+    assert trial.outcome is not None
+    if isinstance(trial.outcome, Exception):
+        raise trial.outcome
+    return trial.outcome
 
 
-def run_jobs(
-    next_job: Callable[[], Job | None],
-    done: Callable[[Job, Outcome], None],
-    *,
-    engine: Engine,
-    options: JobOptions,
-) -> None:
-    """Trains until `next_job` has nothing: in one pack, or through TRL one trial after the other.
+class _OneTrial(Trials):
+    def __init__(self, job: Job):
+        self.job: Job | None = job
+        self.outcome: Outcome | None = None
+
+    def next_job(self) -> Job | None:
+        job, self.job = self.job, None
+        return job
+
+    def done(self, job: Job, outcome: Outcome) -> None:
+        self.outcome = outcome
+
+
+def run_jobs(trials: Trials, *, engine: Engine, options: JobOptions) -> None:
+    """Trains until `trials` has nothing: in one pack, or through TRL one trial after the other.
 
     Args:
-        next_job: the next trial, or None while there is none; it is asked again after each `done`.
-        done: what became of a trial. An exception that it raises ends the run; the trials in flight are
-            left unfinished.
-        engine: `packed` or `trl`.
+        trials: gives jobs and is told of them; an exception that it raises ends the run, and the trials
+            in flight are left unfinished.
+        engine: `packed` or `trl`; the latter neither shares stages nor ends trials early.
         options: slots, tracker, terminal.
     """
     try:
         if engine == "packed":
             from training.pack import run_pack  # torch and transformers take seconds to import
 
-            run_pack(next_job, done, options)
+            run_pack(trials, options)
             return
         from training.trl_engine import run_with_trl
 
-        while (job := next_job()) is not None:
-            run_with_trl(job, done, options)
+        while (job := trials.next_job()) is not None:
+            run_with_trl(job, trials.done, options)
     except BaseException:
         _forget()
         raise

@@ -2,6 +2,9 @@
 
 `learning_rate(config, step)` is the rate that optimizer step `step` uses, counted from 0. Formulas are
 those of `transformers.optimization` (linear, cosine, constant, constant_with_warmup, warmup_stable_decay).
+`shared_steps(a, b)` says on how many first steps two trials are the same computation. To explore steps,
+take `warmup_stable_decay` (Hägele et al. 2024, arXiv 2405.18392): its rate depends on `max_steps` in the
+cooldown alone, a share of `max_steps`, so that trials of different length share all that comes before.
 """
 
 import math
@@ -33,6 +36,47 @@ def scheduler_kwargs(config: TrialConfig) -> dict[str, Any]:
     if config.lr_scheduler_type != "warmup_stable_decay":
         return {}
     return {"num_decay_steps": num_decay_steps(config), "decay_type": config.decay_type}
+
+
+SCHEDULE_SETTINGS = (
+    "max_steps",
+    "learning_rate",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "decay_fraction",
+    "decay_type",
+)
+"""They enter an update through the learning rates alone."""
+
+_NOT_IN_AN_UPDATE = ("gradient_checkpointing", "per_device_eval_batch_size")
+
+
+def other_settings(config: TrialConfig) -> dict[str, Any]:
+    """The settings that must be equal for two trials to share a step, or its evaluation."""
+    left_out = {*SCHEDULE_SETTINGS, *_NOT_IN_AN_UPDATE}
+    return {name: value for name, value in config.to_dict().items() if name not in left_out}
+
+
+def shared_steps(a: TrialConfig, b: TrialConfig) -> int:
+    """On how many first steps the two are the same computation: equal settings, data and rates.
+
+    With a linear or cosine schedule it is a step or two, whatever the number of steps; with a constant
+    one all steps of the shorter trial; with `warmup_stable_decay` those before its cooldown.
+    """
+    if other_settings(a) != other_settings(b):
+        return 0
+    steps = min(a.max_steps, b.max_steps)
+    differing = (s for s in range(steps) if learning_rate(a, s) != learning_rate(b, s))
+    return next(differing, steps)
+
+
+def is_cooling_down(config: TrialConfig, step: int) -> bool:
+    """Whether one of the first `step` steps had a rate that `warmup_stable_decay` had lowered.
+
+    The first step of a cooldown still has the full rate.
+    """
+    is_stable = config.lr_scheduler_type == "warmup_stable_decay"
+    return is_stable and step > config.max_steps - num_decay_steps(config) + 1
 
 
 def _factor(config: TrialConfig, step: int) -> float:

@@ -6,6 +6,7 @@ The trainer gets tokenised data, so that the labels are ours; everything else of
 import contextlib
 import math
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -61,7 +62,7 @@ def _train(job: Job, prepared: Prepared, tracker: Tracker, options: JobOptions) 
         progress = display.add(job.label, config.max_steps)
         recorder = TrialRecorder(job.paths, tracker, progress, losses)
         try:
-            failure = train_with_trl(config, prepared, job.paths, recorder)
+            failure = train_with_trl(config, prepared, job.paths, recorder, options.stop)
             recorder.train_time_s = time.monotonic() - started
             state = "failed" if failure else "complete"
             return {**recorder.result(state, failure), **prepared.splits.hashes}
@@ -71,15 +72,19 @@ def _train(job: Job, prepared: Prepared, tracker: Tracker, options: JobOptions) 
 
 
 def train_with_trl(
-    config: TrialConfig, prepared: Prepared, paths: TrialPaths, recorder: TrialRecorder
+    config: TrialConfig,
+    prepared: Prepared,
+    paths: TrialPaths,
+    recorder: TrialRecorder,
+    stop: threading.Event,
 ) -> str | None:
-    """Trains the trial to its end; the base model is afterwards as it was.
+    """Trains the trial to its end, or until `stop` is set; the base model is afterwards as it was.
 
     Returns:
         Why the trial failed (a loss that is not finite), or None.
     """
     with _base_model_restored(prepared.model), known_warnings():
-        callback = _RecordingCallback(config, prepared, recorder)
+        callback = _RecordingCallback(config, prepared, recorder, stop)
         _check_targets(config, prepared.model)
         args = sft_config(config, paths, prepared.model)
         # The trial is one GPU's: with several visible, Trainer would multiply the batch by their number.
@@ -158,8 +163,15 @@ def _check_targets(config: TrialConfig, model: Any) -> None:
 class _RecordingCallback(TrainerCallback):
     """Hands each step and each evaluation to the recorder."""
 
-    def __init__(self, config: TrialConfig, prepared: Prepared, recorder: TrialRecorder):
+    def __init__(
+        self,
+        config: TrialConfig,
+        prepared: Prepared,
+        recorder: TrialRecorder,
+        stop: threading.Event,
+    ):
         self.config, self.prepared, self.recorder = config, prepared, recorder
+        self.stop = stop
         self.model: Any = None
         self.failure: str | None = None
         self.learning_rate = 0.0
@@ -174,6 +186,8 @@ class _RecordingCallback(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.step_time_s = time.perf_counter() - self.started
+        if self.stop.is_set():
+            raise KeyboardInterrupt
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if not logs or "loss" not in logs:

@@ -1,0 +1,68 @@
+"""The final round: the best trial and those that cannot be told apart from it, once more on fresh seeds.
+
+A difference of one seed's run to the next is often as large as that between settings. After the round, the
+means over seeds decide, and the interval says how much they are worth.
+"""
+
+import math
+import statistics
+
+from scipy import stats
+
+from sweeps.ledger import SweepRecord, read_sweep
+from sweeps.ties import tied_with_best
+from sweeps.trial_queue import SEED_ATTR, SEED_OF_ATTR, TrialQueue, further_seed
+
+_LEADERS_ATTR = "final_round"
+"""Of the study: numbers of the trials in the final round, so that a later start goes on with the same."""
+LEVEL = 0.95
+
+
+def queue_final_round(queue: TrialQueue, num_seeds: int) -> int:
+    """Queues the leaders with fresh seeds; how many trials that are, those of an earlier start not counted.
+
+    Args:
+        queue: whose other trials have ended.
+        num_seeds: fresh seeds for each leader.
+    """
+    record = read_sweep(queue.paths.root)
+    numbers = queue.study.user_attrs.get(_LEADERS_ATTR)
+    if numbers is None:
+        if not any(trial.loss is not None for trial in record.finished):
+            return 0
+        numbers = [trial.number for trial in tied_with_best(record)]
+        queue.study.set_user_attr(_LEADERS_ATTR, numbers)
+    queue.console.print(
+        f"final round: {num_seeds} fresh seeds for trial{'s' * (len(numbers) > 1)} "
+        + ", ".join(map(str, numbers))
+    )
+    num_queued = 0
+    trials = queue.study.get_trials(deepcopy=False)
+    for number in numbers:
+        own = record.trial(number).config.seed
+        further = [t for t in trials if t.user_attrs.get(SEED_OF_ATTR) == number]
+        fresh = [t for t in further if t.user_attrs[SEED_ATTR] >= own + queue.num_seeds]
+        for index in range(len(fresh), num_seeds):
+            seed = own + queue.num_seeds + index
+            queue.study.add_trial(further_seed(trials[number], seed))
+            num_queued += 1
+    queue.has_nothing = False
+    return num_queued + sum(not trial.state.is_finished() for trial in trials)
+
+
+def describe_seeds(record: SweepRecord) -> list[str]:
+    """A line for each setting with several seeds: mean, and its t interval of 95 %."""
+    lines = []
+    for trial in record.finished:
+        losses = record.seed_losses(trial)
+        if trial.seed_of is None and len(losses) > 1:
+            lines.append(
+                f"trial {trial.number} {trial.name}: {statistics.mean(losses):.4f} "
+                f"± {_half_width(losses):.4f} over {len(losses)} seeds"
+            )
+    return lines
+
+
+def _half_width(losses: list[float]) -> float:
+    quantile = float(stats.t.ppf((1 + LEVEL) / 2, len(losses) - 1))
+    return quantile * statistics.stdev(losses) / math.sqrt(len(losses))

@@ -1,0 +1,498 @@
+"""The trials of one sweep in the order in which they are trained: study on one side, slots on the other.
+
+ask -> waiting -> running -> (evaluated, perhaps pruned) -> done -> tell. A trial waits while another one in
+flight trains steps that it can fork (`sweeps.stages`), or has its very settings; of trials that share steps
+the longest goes first. The study and the trial directories say between them what is done: a RUNNING trial
+with a result is told, one without goes on under its number, a failed one is queued again by each start.
+"""
+
+import math
+import time
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import optuna
+from optuna.samplers import GridSampler, RandomSampler
+from optuna.trial import FrozenTrial, TrialState, create_trial
+from rich.console import Console
+
+from sweeps.directory import copy_known, find_known
+from sweeps.ledger import METRIC, read_metrics, read_sweep
+from sweeps.one_factor import COMBINATION, NAME_ATTR, OneFactorSampler
+from sweeps.pruning import Pruning
+from sweeps.spec import SweepDefinition
+from sweeps.stages import Sharing, branch_points, planned_steps, same_family
+from sweeps.study import build_sampler, planned_points, search_space
+from sweeps.terminal import first_line, params_text
+from training.config import TrialConfig
+from training.exceptions import LoraloomError, SweepError
+from training.job import Job, Outcome, Trials
+from training.paths import SweepPaths, read_json
+from training.progress import Display, duration
+
+MAX_FAILURES_IN_A_ROW = 3
+RETRY_ATTR = "retry_of"
+SEED_OF_ATTR = "seed_of"
+SEED_ATTR = "seed"
+WINDOW = 64
+"""Most trials asked for before their turn, where what is asked does not depend on results."""
+MOST_BLOCKED = 4
+"""Most trials of an adaptive sampler that wait for others; asked for later, it knows more."""
+_GRID_ATTRS = ("grid_id", "search_space")
+
+
+@dataclass(kw_only=True)
+class TrialQueue(Trials):
+    """All that one start of a sweep decides.
+
+    Args:
+        definition: the sweep.
+        paths: its directory.
+        study: its Optuna study, which nobody else writes.
+        num_trials: trials in all, retries and further seeds not counted; None if the sampler says.
+        is_capped: whether that number is the user's, and not the design's.
+        num_seeds: seeds that each setting is trained with; the sampler sees the mean.
+        shares_stages: whether the engine can fork trials.
+        console: where to print.
+        display: the terminal's view of what trains.
+    """
+
+    definition: SweepDefinition
+    paths: SweepPaths
+    study: optuna.Study
+    num_trials: int | None
+    is_capped: bool = False
+    num_seeds: int = 1
+    shares_stages: bool = True
+    console: Console
+    display: Display
+    closed: bool = False
+    """No more trials begin: the time is up."""
+    has_nothing: bool = False
+    """No trial can begin until something changes: a pack asks at every step."""
+    unfinished: list[FrozenTrial] = field(default_factory=list)
+    """Trials of an earlier start that have no result yet."""
+    waiting: list[Job] = field(default_factory=list)
+    """Asked for, and not begun."""
+    running: dict[int, Job] = field(default_factory=dict)
+    failures: list[str] = field(default_factory=list)
+    """Causes of the trials that failed since the last one that did not."""
+    sharing: Sharing = field(init=False)
+    started: float = field(default_factory=time.monotonic)
+    num_trained: int = 0
+    """Steps that earlier starts have trained."""
+    num_saved: int = 0
+    """Steps taken from stages, or from a trial with the same settings."""
+    num_pruned: int = 0
+    """Steps that pruned trials were not trained for."""
+
+    def __post_init__(self) -> None:
+        self.space = search_space(self.definition)
+        self.planned = planned_points(self.study, self.definition)
+        self.sharing = Sharing.of(self.paths)
+        self.pruning = Pruning(self.study, self.paths)
+        planned = [self.definition.trial_config(point) for point in self.planned or []]
+        self.planned_steps = planned_steps(self.space, planned, self.shares_stages)
+        sampler = self.study.sampler
+        self.is_adaptive = not isinstance(sampler, GridSampler | RandomSampler | OneFactorSampler)
+
+    def resume(self) -> None:
+        """Settles what an earlier start has left, and queues its failed trials again."""
+        for trial in read_sweep(self.paths.root).all_trials:
+            if not trial.result:
+                continue
+            self._count(trial.result, trial.settings["max_steps"])
+            self.num_trained += trial.result.get("num_steps", 0) - trial.result.get(
+                "steps_saved", 0
+            )
+        failed = self._failed()
+        for frozen in self.study.get_trials(states=[TrialState.RUNNING]):
+            if not self.paths.trial(frozen.number).result.is_file():
+                self.unfinished.append(frozen)
+            else:
+                self._settle(frozen.number)
+        num_done = self.num_counted(finished_only=True)
+        if num_done:
+            self.console.print(f"{num_done} of {self.num_trials or '?'} trials are already there")
+        for frozen in failed:
+            self.study.add_trial(_retry(frozen))
+
+    # What a pack asks and tells
+
+    def next_job(self) -> Job | None:
+        """The next trial to train; None where there is none before one that is running has ended."""
+        while not (self.closed or self.has_nothing):
+            self._look_ahead()
+            job = self._take_ready()
+            if job is None:
+                self.has_nothing = True
+                return None
+            if self._takes_known(job):
+                continue
+            number = _number(job)
+            self.running[number] = job
+            self.sharing.began(number, job)
+            self._print_start(job)
+            return job
+        return None
+
+    def began(self, job: Job, step: int) -> str | None:
+        """A trial that begins with a stage has that one's evaluations behind it."""
+        if not step or _is_further_seed(job):
+            return None
+        metrics = read_metrics(job.paths.metrics)
+        return self.pruning.forked(self._trial(_number(job)), job.config, metrics)
+
+    def evaluated(self, job: Job, step: int, loss: float) -> str | None:
+        if _is_further_seed(job):
+            return None  # it is there to measure spread
+        return self.pruning.decide(self._trial(_number(job)), job.config, step, loss)
+
+    def stored(self, job: Job, step: int) -> None:
+        self.sharing.stored_by(_number(job), job, step)
+        self.has_nothing = False
+
+    def done(self, job: Job, outcome: Outcome) -> None:
+        number, label = _number(job), f"{job.label} {job.name}"
+        self._left(number)
+        if isinstance(outcome, Exception):
+            self._tell(number, {"state": "failed"})
+            if _is_further_seed(job):
+                self._settle(number)  # the others have waited for it
+            if isinstance(outcome, LoraloomError):
+                raise outcome  # wrong data, model or settings: the next trial would meet it, too
+            self._count_failure(label, f"{type(outcome).__name__}: {first_line(outcome)}")
+        else:
+            self._settle(number)
+            self._finish(label, outcome, job.config)
+
+    def requeue(self, job: Job) -> None:
+        """A trial whose process has died: the next free slot goes on from its last saved state."""
+        self._left(_number(job))
+        self.waiting.insert(0, job)
+
+    def _left(self, number: int) -> None:
+        """The trial is in no slot any more."""
+        self.running.pop(number, None)
+        self.sharing.ended(number)
+        self.has_nothing = False
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing is in flight; with no job to be had either, the sweep has ended."""
+        return not self.running
+
+    # Asking
+
+    def _look_ahead(self) -> None:
+        """Asks for trials until one can begin, or as many as make the order a good one."""
+        while True:
+            ready = any(self._is_ready(job) for job in self.waiting)
+            if ready and not self._orders_ahead():
+                return
+            most = MOST_BLOCKED if self.is_adaptive else WINDOW
+            if len(self.waiting) >= most and (ready or self.running):
+                return
+            job = self._ask()
+            if job is None:
+                return
+            self.waiting.append(job)
+
+    def _orders_ahead(self) -> bool:
+        """Whether trials share steps, and none depends on another's result."""
+        shares = self.shares_stages and any(job.branches for job in self.waiting)
+        return shares and not self.is_adaptive and self.definition.target is None
+
+    def _take_ready(self) -> Job | None:
+        """The first that can begin; of its family, the longest, which stores what the others fork."""
+        ready = [job for job in self.waiting if self._is_ready(job)]
+        if not ready:
+            return None
+        family = [job for job in ready if job is ready[0] or same_family(job, ready[0])]
+        job = max(family, key=lambda job: job.config.max_steps)
+        self.waiting.remove(job)
+        return job
+
+    def _is_ready(self, job: Job) -> bool:
+        has_twin = any(job.config == other.config for other in self.running.values())
+        return not has_twin and not self.sharing.is_worth_waiting(job)
+
+    def _ask(self) -> Job | None:
+        """The next trial of an earlier start or of the study; None if there is none now."""
+        if self.unfinished:
+            frozen = self.unfinished.pop(0)
+            self._reseed(frozen.number)
+            return self._job(self._trial(frozen.number))
+        if self._wants_another():
+            self._reseed(len(self.study.get_trials(deepcopy=False)))
+            return self._job(self.study.ask())
+        return None
+
+    def _wants_another(self) -> bool:
+        if self.study.get_trials(deepcopy=False, states=[TrialState.WAITING]):
+            return True
+        target = self.definition.target
+        if target is not None and (self.best() or (0, math.inf))[1] <= target:
+            return False
+        num_counted = self.num_counted()
+        sampler = self.study.sampler
+        if isinstance(sampler, OneFactorSampler):
+            if num_counted >= (self.num_trials or sampler.num_trials):
+                # A retry may have changed what is best: then the combination is tried again, unless
+                # the number of trials is the user's.
+                idle = not self.running and not self.waiting
+                return not self.is_capped and idle and not sampler.is_exhausted(self.study)
+            # The combination needs the results of all others.
+            return not sampler.waits_for_results(self.study)
+        if self.num_trials is not None and num_counted >= self.num_trials:
+            return False
+        is_exhausted = getattr(sampler, "is_exhausted", None)  # of Optuna's GridSampler and others
+        return not (is_exhausted and is_exhausted(self.study))
+
+    def _reseed(self, number: int) -> None:
+        if self.definition.method in ("random", "bayes"):
+            sampler = build_sampler(self.definition, number)
+            assert sampler is not None
+            self.study.sampler = sampler
+
+    def _job(self, trial: optuna.Trial) -> Job:
+        """The trial with its settings."""
+        # As Study.ask does for its `fixed_distributions`; what was suggested before is kept.
+        params = {name: trial._suggest(name, dist) for name, dist in self.space.items()}
+        attrs = trial.user_attrs
+        info = {
+            "number": trial.number,
+            "name": attrs.get(NAME_ATTR) or params_text(params),
+            "params": params,
+            "retry_of": attrs.get(RETRY_ATTR),
+            "seed_of": attrs.get(SEED_OF_ATTR),
+            "sweep": self.definition.name,
+        }
+        try:
+            config = self.definition.trial_config(params)
+        except LoraloomError:
+            self._tell(trial.number, {"state": "failed"})
+            raise  # wrong settings: the next trial would meet them, too
+        if SEED_ATTR in attrs:
+            config = replace(config, seed=attrs[SEED_ATTR])
+            info["name"] += f" seed={config.seed}"
+        shares = self.shares_stages
+        return Job(
+            config=config,
+            paths=self.paths.trial(trial.number),
+            info=info,
+            label=f"trial {trial.number}",
+            stages=self.paths.stages if shares else None,
+            branches=branch_points(self.space, config) if shares else (),
+        )
+
+    def _trial(self, number: int) -> optuna.Trial:
+        frozen = self.study.get_trials(deepcopy=False)[number]
+        return optuna.trial.Trial(self.study, frozen._trial_id)
+
+    def _failed(self) -> list[FrozenTrial]:
+        """The failed trials that none repeats yet."""
+        trials = self.study.get_trials(deepcopy=False)
+        repeated = {trial.user_attrs.get(RETRY_ATTR) for trial in trials}
+        return [
+            trial
+            for trial in trials
+            if trial.state == TrialState.FAIL and trial.number not in repeated
+        ]
+
+    def _takes_known(self, job: Job) -> bool:
+        """Copies the trial from the one that had exactly these settings, if there is one."""
+        known = find_known(job.config, self.paths)
+        if known is None:
+            return False
+        assert job.info is not None
+        self._print_start(job)
+        self.done(job, copy_known(known, job.paths, job.config, job.info))
+        return True
+
+    # Telling
+
+    def _settle(self, number: int) -> None:
+        """Tells the study of a trial with a result; of one with several seeds, when all have ended."""
+        group = self._seeds_of(number)
+        first = group[0]
+        result = read_json(self.paths.trial(first.number).result)
+        is_open = not first.state.is_finished() and result.get("state") == "complete"
+        if is_open and len(group) < self.num_seeds:
+            seed = self._config(first).seed
+            for further in range(len(group), self.num_seeds):
+                self.study.add_trial(further_seed(first, seed + further))
+            return
+        results = {}
+        for trial in group:
+            path = self.paths.trial(trial.number).result
+            if not path.is_file():
+                return
+            results[trial.number] = read_json(path)
+        losses = [r[METRIC] for r in results.values() if r.get("state") == "complete"]
+        mean = sum(losses) / len(losses) if losses else None
+        for trial in group:
+            if not trial.state.is_finished():
+                self._tell(trial.number, {**results[trial.number], METRIC: mean})
+
+    def _seeds_of(self, number: int) -> list[FrozenTrial]:
+        """The trial, or the one whose further seed it is, and all of that one's further seeds."""
+        trials = self.study.get_trials(deepcopy=False)
+        first = trials[number].user_attrs.get(SEED_OF_ATTR, number)
+        return [trials[first]] + [t for t in trials if t.user_attrs.get(SEED_OF_ATTR) == first]
+
+    def _config(self, trial: FrozenTrial) -> TrialConfig:
+        return self.definition.trial_config({name: trial.params[name] for name in self.space})
+
+    def _tell(self, number: int, result: dict[str, Any]) -> None:
+        state, loss = result.get("state"), result.get(METRIC)
+        try:
+            if state == "pruned":
+                self.study.tell(number, state=TrialState.PRUNED)
+            elif state == "complete" and loss is not None and math.isfinite(loss):
+                self.study.tell(number, loss)
+            else:
+                self.study.tell(number, state=TrialState.FAIL)
+        except RuntimeError as error:
+            # GridSampler ends a study through Study.stop, which only optimize() knows; the result
+            # is stored by then (Optuna issue 4121, and W&B's Optuna scheduler does the same).
+            if "Study.stop" not in str(error):
+                raise
+
+    def _count_failure(self, label: str, cause: str) -> None:
+        self.console.print(f"{label}: failed: {cause}")
+        self.failures.append(f"{label}: {cause}")
+        if len(self.failures) >= MAX_FAILURES_IN_A_ROW:
+            raise SweepError(
+                f"{self.paths.root}: {len(self.failures)} trials failed in a row, so the sweep "
+                f"stops; the first was {self.failures[0]}"
+            )
+
+    def _finish(self, label: str, result: dict[str, Any], config: TrialConfig) -> None:
+        loss = result.get(METRIC)
+        if result.get("state") == "failed" or loss is None or not math.isfinite(loss):
+            self._count_failure(label, result.get("reason") or f"{METRIC} is {loss}")
+            return
+        self.failures.clear()
+        self._count(result, config.max_steps)
+        if result["state"] == "pruned":
+            self.console.print(f"{label}: pruned: {result['reason']}{self._time_left()}")
+            return
+        if "same_as" in result:
+            taken = f"as in trial {result['same_as']}, which had the same settings"
+        else:
+            taken = duration(result.get("train_time_s") or 0)
+            origin = result.get("forked_from")
+            if origin:
+                taken += f", its first {origin['step']} steps from trial {int(origin['trial'])}"
+        best = self.best()
+        shown = f", best so far {best[1]:.4f} (trial {best[0]})" if best else ""
+        self.console.print(f"{label}: {METRIC} {loss:.4f}{shown}, {taken}{self._time_left()}")
+
+    # Counting
+
+    def best(self) -> tuple[int, float] | None:
+        trials = self.study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])
+        scored = [(trial.value, trial.number) for trial in trials if trial.value is not None]
+        return (min(scored)[1], min(scored)[0]) if scored else None
+
+    def num_counted(self, *, finished_only: bool = False) -> int:
+        """Trials that count: those that a retry repeats do not, nor do further seeds."""
+        trials = self.study.get_trials(deepcopy=False)
+        repeated = {trial.user_attrs.get(RETRY_ATTR) for trial in trials}
+        return sum(
+            trial.number not in repeated
+            and SEED_OF_ATTR not in trial.user_attrs
+            and (trial.state.is_finished() or not finished_only)
+            for trial in trials
+        )
+
+    def savings(self) -> str:
+        """`44 steps saved by stages, 20 by pruning`, or nothing."""
+        parts = [(self.num_saved, "saved by stages"), (self.num_pruned, "by pruning")]
+        shown = [f"{number:,} {what}" for number, what in parts if number]
+        return ", ".join(shown).replace(" ", " steps ", 1) if shown else ""
+
+    def footer(self) -> str:
+        """Below the table of trials: what is left of the sweep, and what was saved."""
+        return "; ".join(filter(None, [self._time_left().removeprefix(", "), self.savings()]))
+
+    def _count(self, result: dict[str, Any], max_steps: int) -> None:
+        self.num_saved += result.get("steps_saved") or 0
+        if result.get("state") == "pruned":
+            self.num_pruned += max_steps - result["num_steps"]
+
+    def _print_start(self, job: Job) -> None:
+        assert job.info is not None
+        params = params_text(job.info["params"])
+        shown = "" if job.name == params else f": {params}"
+        retry_of = job.info["retry_of"]
+        retry = f", again for failed trial {retry_of}" if retry_of is not None else ""
+        self.console.print(f"{job.label}{self._position()} {job.name}{shown}{retry}")
+
+    def _position(self) -> str:
+        if self.num_trials is None:
+            return ""
+        number = self.num_counted(finished_only=True) + len(self.running)
+        number = min(max(1, number), max(1, self.num_trials)) if self.running else number + 1
+        return f" ({number} of {max(number, self.num_trials)})"
+
+    def _time_left(self) -> str:
+        if self.num_trials is None or not self.display.num_steps:
+            return ""
+        num_left = self.num_trials - self.num_counted(finished_only=True)
+        if num_left <= 0:
+            return ""
+        if self.planned is not None and num_left <= len(self.planned):
+            steps_left = self.planned_steps - self.num_trained - self.display.num_steps
+        else:
+            done = [trial.params for trial in self.study.get_trials(deepcopy=False)]
+            steps_left = num_left * self._mean_steps(done)
+        steps_left -= self.num_pruned
+        pace_s = (time.monotonic() - self.started) / self.display.num_steps
+        return f", about {duration(max(0, steps_left) * pace_s)} left"
+
+    def _mean_steps(self, points: list[dict[str, Any]]) -> float:
+        default = self.definition.constants.get("max_steps", TrialConfig.max_steps)
+        steps = [point.get("max_steps", default) for point in points]
+        return sum(steps) / max(1, len(steps))
+
+
+def further_seed(trial: FrozenTrial, seed: int) -> FrozenTrial:
+    """A waiting copy of the trial that is going to be trained with another seed."""
+    name = trial.user_attrs.get(NAME_ATTR)
+    grid = {key: trial.system_attrs[key] for key in _GRID_ATTRS if key in trial.system_attrs}
+    return create_trial(
+        state=TrialState.WAITING,
+        system_attrs={**grid, "fixed_params": trial.params},
+        user_attrs={SEED_OF_ATTR: trial.number, SEED_ATTR: seed}
+        | ({NAME_ATTR: name} if name else {}),
+    )
+
+
+def _number(job: Job) -> int:
+    assert job.info is not None
+    return job.info["number"]
+
+
+def _is_further_seed(job: Job) -> bool:
+    assert job.info is not None
+    return job.info["seed_of"] is not None
+
+
+def _retry(trial: FrozenTrial) -> FrozenTrial:
+    """A waiting copy of a failed trial. GridSampler needs its own attributes on it as well."""
+    name = trial.user_attrs.get(NAME_ATTR)
+    # The combination is made anew: retries before it may have changed what is best.
+    params = {} if name == COMBINATION else trial.params
+    grid = {key: trial.system_attrs[key] for key in _GRID_ATTRS if key in trial.system_attrs}
+    kept = {
+        key: trial.user_attrs[key]
+        for key in (NAME_ATTR, SEED_OF_ATTR, SEED_ATTR)
+        if key in trial.user_attrs
+    }
+    return create_trial(
+        state=TrialState.WAITING,
+        system_attrs={**grid, "fixed_params": params},
+        user_attrs={RETRY_ATTR: trial.number, **kept},
+    )
