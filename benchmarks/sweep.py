@@ -1,0 +1,655 @@
+"""A whole sweep four ways: 36 trials of steps x learning rate x rank, by hand and by `sweeps.run`.
+
+    python -m benchmarks.sweep                          three seeds, all ways: hours on 2 cores
+    python -m benchmarks.sweep --seeds 3407 --ways a b  some of it; what is in the results is left out
+    python -m benchmarks.sweep --scale gpu              the study that this began with, at full size
+
+(a) all 36 in turn, a script and so a process each, in plain TRL and PEFT; (b) packed; (c) with the stage
+tree; (d) with pruning besides, by rank confirmed by a test, and by rank alone (strict). (b) to (d) are whole
+commands: start, imports, model, evaluations and files are in their time. Model, examples, labels, seed,
+schedule and the steps of evaluations are the same in all. (a) finds its examples tokenised already, for
+nothing, and what this comparison alone needs, the last adapter's loss of each example, is not in its time.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).with_name("results")
+WORK = Path("runs") / "benchmark_sweep"
+SEEDS = [3407, 1, 2]
+VARIED = ("max_steps", "learning_rate", "lora_r")
+STUDY = {
+    "max_steps": [4, 8, 16, 32],
+    "learning_rate": [2e-4, 5e-4, 1e-3],
+    "lora_r": [8, 16, 32],
+    "lr_scheduler_type": "warmup_stable_decay",
+    "eval_steps": 4,
+    "model_name_or_path": "demo",
+    "dataset_name": "demo",
+    "max_length": 128,
+    "per_device_train_batch_size": 2,
+    "max_eval_samples": 32,
+}
+SCALES: dict[str, dict[str, Any]] = {
+    "cpu": STUDY,
+    "gpu": {
+        **STUDY,
+        "max_steps": [60, 300, 500, 1000],
+        "learning_rate": [1e-4, 2e-4, 5e-4],
+        "warmup_steps": 5,
+        "eval_steps": 20,
+        "model_name_or_path": "meta-llama/Llama-3.2-1B-Instruct",
+        "dataset_name": "mlabonne/FineTome-100k",
+        "max_length": 2048,
+        "gradient_accumulation_steps": 4,
+        "weight_decay": 0.01,
+        "max_eval_samples": 256,
+    },
+    "smoke": {**STUDY, "max_steps": [2, 4], "lora_r": [8], "eval_steps": 2, "max_eval_samples": 8},
+}
+HYPERBAND = {"type": "hyperband", "min_iter": 2, "eta": 3}
+WAYS = {
+    "a": "(a) SFTTrainer, a process a trial",
+    "b": "(b) packed",
+    "c": "(c) and stage tree",
+    "d": "(d) and pruning, confirmed",
+    "d_strict": "(d) and pruning, strict",
+}
+EARLY_TERMINATE = {"d": HYPERBAND, "d_strict": {**HYPERBAND, "strict": True}}
+SPLIT = {
+    "start_s": "start, imports",
+    "load_s": "model, data",
+    "steps_s": "training steps",
+    "evaluations_s": "evaluations",
+    "rest_s": "the rest between",
+    "end_s": "end",
+}
+
+Result = dict[str, Any]
+"""Of one way with one seed; losses by `point_key`, in nats a supervised token."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--scale", choices=SCALES, default="cpu", help="what the trials are")
+    parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
+    parser.add_argument("--ways", nargs="+", choices="abcd", default=list("abcd"))
+    parser.add_argument("--fresh", action="store_true", help="measure these seeds and ways again")
+    parser.add_argument("--child", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        run_child(*options.child)
+        return
+    ways = [way for way in WAYS if way[0] in options.ways]
+    name = "sweep" if options.scale == "cpu" else f"sweep_{options.scale}"
+    work = WORK / options.scale
+    file = (work if options.scale == "smoke" else RESULTS) / f"{name}.json"
+    text = run(SCALES[options.scale], options.seeds, ways, file, work, fresh=options.fresh)
+    print(f"\n{text}\n{file}")
+
+
+def run(
+    scale: dict[str, Any],
+    seeds: list[int],
+    ways: list[str],
+    file: Path,
+    work: Path,
+    *,
+    fresh: bool = False,
+) -> str:
+    """Measures what `file` lacks, writes it after each way, and its table beside it.
+
+    Args:
+        scale: settings of the trials; those in VARIED are lists.
+        seeds: of the trials.
+        ways: keys of WAYS.
+        file: results, JSON.
+        work: directory for the trials' files.
+        fresh: measure what is there, too.
+
+    Returns:
+        The table.
+    """
+    results = json.loads(file.read_text()) if file.is_file() else {}
+    if results.get("settings", scale) != scale:
+        if not fresh:
+            sys.exit(f"{file} has results of other settings: move it away, or give --fresh")
+        results = {}
+    results = {"settings": scale, "seeds": results.get("seeds", {})}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    for seed, way in itertools.product(seeds, ways):
+        measured, directory = results["seeds"].setdefault(str(seed), {}), work / str(seed)
+        if way in measured and not fresh:
+            print(f"seed {seed} {way}: is there already", flush=True)
+            continue
+        if fresh or way != "a":  # the trials of (a) are timed one by one: it can go on
+            shutil.rmtree(directory / way, ignore_errors=True)
+        prepare_examples(scale, seed, directory)
+        print(f"seed {seed} {way}: {WAYS[way]}", flush=True)
+        measure = measure_scripts if way == "a" else measure_sweep
+        measured[way] = measure(way, scale, seed, directory)
+        compare(measured, directory)
+        file.write_text(json.dumps(results, indent=1) + "\n")
+        file.with_suffix(".md").write_text(table(results))
+        for trial in (directory / way).glob("[0-9]*.json"):
+            trial.unlink()  # another start, if one is wanted, measures again
+        print(f"seed {seed} {way}: {describe(measured[way])}", flush=True)
+    return table(results)
+
+
+def points(scale: dict[str, Any]) -> list[dict[str, Any]]:
+    """The varied settings of every trial."""
+    values = itertools.product(*(scale[name] for name in VARIED))
+    return [dict(zip(VARIED, point, strict=True)) for point in values]
+
+
+def point_key(settings: dict[str, Any]) -> str:
+    steps, rate, rank = (settings[name] for name in VARIED)
+    return f"{steps} steps, lr {rate:g}, rank {rank}"
+
+
+def run_child(name: str, *arguments: str) -> None:
+    """What has a process of its own."""
+    if name == "prepare":
+        save_examples(Path(arguments[0]))
+    elif name == "train":
+        train_alone(Path(arguments[0]), started=float(arguments[1]))
+    elif name == "sweep_without_stages":
+        sweep_without_stages(*arguments)
+
+
+def in_process(*child: object, log: Path) -> None:
+    """Runs a child; what it prints goes to `log`."""
+    command = [sys.executable, "-m", "benchmarks.sweep", "--child", *map(str, child)]
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "wb") as output:
+        done = subprocess.run(command, stdout=output, stderr=output, check=False)
+    if done.returncode:
+        sys.exit(f"{' '.join(command)} failed:\n{log.read_text(errors='replace')[-4000:]}")
+
+
+def prepare_examples(scale: dict[str, Any], seed: int, directory: Path) -> None:
+    """Tokenised examples and the demo model, once for all ways: nobody's time."""
+    settings = {**scale, "seed": seed}
+    if (directory / "validation.parquet").is_file() and _settings(directory) == settings:
+        return
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True)
+    (directory / "config.json").write_text(json.dumps(settings))
+    in_process("prepare", directory, log=directory / "log.txt")
+
+
+def _settings(directory: Path) -> dict[str, Any]:
+    return json.loads((directory / "config.json").read_text())
+
+
+def save_examples(directory: Path) -> None:
+    from training.config import TrialConfig
+    from training.data import load_splits
+    from training.model import load_tokenizer
+
+    settings = _settings(directory)
+    config = TrialConfig.from_dict({**settings, **points(settings)[0]})
+    splits = load_splits(config, load_tokenizer(config))
+    for name in ("train", "validation"):
+        getattr(splits, name).to_parquet(directory / f"{name}.parquet")
+
+
+# (a): a user's scripts
+
+
+def measure_scripts(way: str, scale: dict[str, Any], seed: int, directory: Path) -> Result:
+    """All trials in turn, a process each; those that an earlier start has finished are kept."""
+    trials: list[Result] = []
+    left = points(scale)
+    for number, point in enumerate(points(scale)):
+        trial, file = directory / way / f"{number:02d}", directory / way / f"{number:02d}.json"
+        if not file.is_file():
+            shutil.rmtree(trial, ignore_errors=True)
+            trial.mkdir(parents=True)
+            (trial / "config.json").write_text(json.dumps({**scale, **point, "seed": seed}))
+            started = time.time()
+            in_process("train", trial, started, log=trial / "log.txt")
+            ended = time.time()
+            measured = json.loads((trial / "measured.json").read_text())
+            measured["wall_clock_s"] = ended - started - measured.pop("scoring_s")
+            measured["end_s"] = ended - measured.pop("ended")
+            file.write_text(json.dumps(measured))
+            shutil.rmtree(trial / "adapter")
+        trials.append(json.loads(file.read_text()))
+        left.pop(0)
+        print(
+            f"  {number + 1} of {number + 1 + len(left)}: {point_key(point)}: loss "
+            f"{trials[-1]['loss']:.4f}, {trials[-1]['wall_clock_s']:.1f} s, about "
+            f"{_seconds_left(trials, left) / 60:.0f} min left",
+            flush=True,
+        )
+    losses = {point_key(p): t["loss"] for p, t in zip(points(scale), trials, strict=True)}
+    winner = min(losses, key=losses.__getitem__)
+    number = list(losses).index(winner)
+    shutil.copy(directory / way / f"{number:02d}" / "losses.parquet", _winner_file(directory, way))
+    wall_clock_s = sum(trial["wall_clock_s"] for trial in trials)
+    split = {name: sum(trial.get(name, 0) for trial in trials) for name in SPLIT}
+    split["rest_s"] = wall_clock_s - sum(split.values())
+    beginnings = split["start_s"] + split["load_s"]
+    return {
+        "wall_clock_s": round(wall_clock_s, 1),
+        "one_process_s": round(wall_clock_s - beginnings + beginnings / len(trials), 1),
+        "split_s": {name: round(value, 1) for name, value in split.items()},
+        "trial_steps": sum(trial["steps"] for trial in trials),
+        "tokens": sum(trial["tokens"] for trial in trials),
+        "num_pruned": 0,
+        "winner": winner,
+        "winner_loss": losses[winner],
+        "losses": losses,
+        "seconds": {
+            key: round(t["wall_clock_s"], 1) for key, t in zip(losses, trials, strict=True)
+        },
+    }
+
+
+def _seconds_left(done: list[Result], left: list[dict[str, Any]]) -> float:
+    working = sum(trial["steps_s"] + trial["evaluations_s"] for trial in done)
+    around = sum(trial["wall_clock_s"] for trial in done) - working
+    steps = sum(point["max_steps"] for point in left)
+    pace_s = working / sum(trial["steps"] for trial in done)
+    return steps * pace_s + len(left) * around / len(done)
+
+
+def train_alone(directory: Path, started: float) -> None:
+    """The script of one trial, as its user would write it; then, for us, its times and losses."""
+    import pyarrow.parquet as pq
+    import torch
+    from datasets import Dataset
+    from peft import LoraConfig
+    from trl.trainer.sft_config import SFTConfig
+    from trl.trainer.sft_trainer import SFTTrainer
+
+    from training.config import TrialConfig
+    from training.model import load_model, load_tokenizer
+    from training.schedules import scheduler_kwargs
+
+    imported = time.time()
+    config = TrialConfig.from_dict(_settings(directory))
+    train, validation = (
+        Dataset(pq.read_table(directory.parents[1] / f"{name}.parquet"))
+        for name in ("train", "validation")
+    )
+    model, tokenizer = load_model(config), load_tokenizer(config)
+    loaded = time.time()
+    on_gpu = model.device.type == "cuda"
+    trainer = SFTTrainer(
+        model=model,
+        args=SFTConfig(
+            output_dir=str(directory / "adapter"),
+            max_steps=config.max_steps,
+            learning_rate=config.learning_rate,
+            lr_scheduler_type=config.lr_scheduler_type,
+            lr_scheduler_kwargs=scheduler_kwargs(config),
+            warmup_steps=config.warmup_steps,
+            per_device_train_batch_size=config.per_device_train_batch_size,
+            gradient_accumulation_steps=config.gradient_accumulation_steps,
+            weight_decay=config.weight_decay,
+            seed=config.seed,
+            gradient_checkpointing=False,  # it fits, and the others have none either
+            bf16=model.dtype == torch.bfloat16,
+            use_cpu=model.device.type == "cpu",
+            dataloader_pin_memory=on_gpu,
+            max_length=None,  # the examples are cut already
+            eval_strategy="steps",
+            eval_steps=config.eval_steps,
+            per_device_eval_batch_size=config.per_device_eval_batch_size,
+            save_strategy="no",
+            report_to="none",
+        ),
+        train_dataset=train.select_columns(["input_ids", "labels"]),
+        eval_dataset=validation.select_columns(["input_ids", "labels"]),
+        processing_class=tokenizer,
+        peft_config=LoraConfig(
+            r=config.lora_r,
+            lora_alpha=config.lora_alpha,  # pyright: ignore[reportArgumentType] - any number works
+            target_modules="all-linear",
+            task_type="CAUSAL_LM",
+        ),
+    )
+    begun = time.time()
+    trainer.train()
+    trained = time.time()
+    trainer.save_model()
+    saved = time.time()
+
+    from training.evaluate import example_losses, mean_loss
+
+    adapted: Any = trainer.model
+    losses = example_losses(adapted.get_base_model(), validation, config.per_device_eval_batch_size)
+    losses.to_parquet(directory / "losses.parquet")
+    logs = trainer.state.log_history
+    evaluations_s = sum(log.get("eval_runtime", 0) for log in logs)
+    measured = {
+        "loss": mean_loss(losses),
+        "steps": trainer.state.global_step,
+        "tokens": max(int(log.get("eval_num_tokens", 0)) for log in logs),  # of training
+        "start_s": imported - started,
+        "load_s": loaded - imported,
+        "steps_s": trained - begun - evaluations_s,
+        "evaluations_s": evaluations_s,
+        "scoring_s": time.time() - saved,
+        "ended": time.time(),
+    }
+    (directory / "measured.json").write_text(json.dumps(measured))
+
+
+# (b) to (d): the command
+
+
+def measure_sweep(way: str, scale: dict[str, Any], seed: int, directory: Path) -> Result:
+    """`python -m sweeps.run`, from before its start to after its end."""
+    import yaml
+
+    from sweeps.ledger import read_sweep
+
+    config = directory / way / "sweep.yaml"
+    config.parent.mkdir(parents=True)
+    config.write_text(yaml.safe_dump(sweep_definition(way, scale, seed), sort_keys=False))
+    program = (
+        ["benchmarks.sweep", "--child", "sweep_without_stages"] if way == "b" else ["sweeps.run"]
+    )
+    arguments = [str(config), "--output_dir", str(config.parent), "--report_to", "none"]
+    started = time.time()
+    done = subprocess.run([sys.executable, "-m", *program, *arguments], check=False)
+    ended = time.time()
+    record = read_sweep(config.parent / "sweep")
+    ends = {"complete", "pruned"}
+    if done.returncode or [t.state for t in record.all_trials if t.state not in ends]:
+        sys.exit(f"{record.paths.root}: the sweep failed, or one of its trials did")
+    result = read_result(record, started, ended)
+    winner = record.best()
+    last = winner.eval_losses(winner.settings["max_steps"])
+    last.to_parquet(_winner_file(directory, way))
+    for heavy in [record.paths.stages, *(trial.paths.adapter for trial in record.trials)]:
+        shutil.rmtree(heavy, ignore_errors=True)
+    return result
+
+
+def sweep_definition(way: str, scale: dict[str, Any], seed: int) -> dict[str, Any]:
+    settings = {**scale, "seed": seed}
+    definition = {
+        "name": "sweep",
+        "method": "grid",
+        "metric": {"name": "eval/loss", "goal": "minimize"},
+        "parameters": {
+            name: {"values" if name in VARIED else "value": value}
+            for name, value in settings.items()
+        },
+    }
+    if way in EARLY_TERMINATE:
+        definition["early_terminate"] = EARLY_TERMINATE[way]
+    return definition
+
+
+def sweep_without_stages(*arguments: str) -> None:
+    """`sweeps.run`, whose packed engine always shares stages, but for that."""
+    import sweeps.run
+    from sweeps.trial_queue import TrialQueue
+    from training.cli import run_command
+
+    def alone(**values: Any) -> TrialQueue:
+        return TrialQueue(**{**values, "shares_stages": False})
+
+    sweeps.run.TrialQueue = alone  # pyright: ignore[reportAttributeAccessIssue]
+    sys.argv = ["sweeps.run", *arguments]
+    run_command(sweeps.run.main)
+
+
+def read_result(record: Any, started: float, ended: float) -> Result:
+    """What the files of a sweep say; `started` and `ended` are the command's, in Unix seconds."""
+    from training.paths import read_json
+    from training.schedules import is_cooling_down
+
+    trials = record.trials
+    own = [_own_work(trial) for trial in trials]
+    steps, tokens, evaluations_s, train_time_s, last = map(list, zip(*own, strict=True))
+    firsts = [line["time"] for trial in trials for line in trial.metrics()[:1]]
+    split = {
+        "start_s": min(trial.paths.config.stat().st_mtime for trial in trials) - started,
+        "load_s": min(firsts) - min(trial.paths.config.stat().st_mtime for trial in trials),
+        "steps_s": sum(train_time_s) - sum(evaluations_s),
+        "evaluations_s": sum(evaluations_s),
+        "end_s": ended - max(last),
+    }
+    split["rest_s"] = ended - started - sum(split.values())
+    longest = max(trial.settings["max_steps"] for trial in trials)
+    rungs: dict[str, dict[str, float]] = {}
+    for trial in trials:
+        for line in trial.metrics() if trial.settings["max_steps"] == longest else []:
+            is_trunk = not is_cooling_down(trial.config, line["step"])
+            is_rung = is_trunk and 0 < line["step"] < longest
+            if is_rung and "eval/loss" in line and trial.state == "complete":
+                losses = rungs.setdefault(str(line["step"]), {})
+                losses[point_key(trial.params)] = line["eval/loss"]
+    winner = record.best()
+    environment = read_json(record.paths.environment)
+    git = environment["git"] or {}
+    return {
+        "wall_clock_s": round(ended - started, 1),
+        "split_s": {name: round(split[name], 1) for name in SPLIT},
+        "trial_steps": sum(steps),
+        "tokens": sum(tokens),
+        "num_pruned": sum(trial.state == "pruned" for trial in trials),
+        "winner": point_key(winner.params),
+        "winner_loss": winner.result["last_eval/loss"],
+        "winner_best_step": winner.result["best_step"],
+        "losses": {
+            point_key(trial.params): trial.result["last_eval/loss"]
+            for trial in trials
+            if trial.state == "complete"
+        },
+        "rungs": rungs,
+        "device": environment["device"],
+        "commit": git.get("commit", "")[:7] + (" and changes" if git.get("dirty") else ""),
+    }
+
+
+def _own_work(trial: Any) -> tuple[int, int, float, float, float]:
+    """Steps, tokens, seconds of evaluations and of both, and the last line's time, without its stage's."""
+    from training.paths import SweepPaths, read_json
+
+    result, lines = trial.result, trial.metrics()
+    tokens, train_time_s, first = result["tokens"], result["train_time_s"], 0
+    if result["forked_from"]:
+        stage = SweepPaths(trial.paths.root.parents[1]).stages / result["forked_from"]["stage"]
+        taken = read_json(stage / "state" / "state.json")["record"]
+        tokens, train_time_s = tokens - taken["tokens"], train_time_s - taken["train_time_s"]
+        first = result["forked_from"]["step"]
+    stepped = {line["step"]: line["time"] for line in lines if "train/loss" in line}
+    evaluations_s = sum(
+        line["time"] - stepped[line["step"]]
+        for line in lines
+        if "eval/loss" in line and line["step"] > first
+    )
+    num_steps = result["num_steps"] - result["steps_saved"]
+    return num_steps, tokens, evaluations_s, train_time_s, lines[-1]["time"]
+
+
+# Comparison
+
+
+def _winner_file(directory: Path, way: str) -> Path:
+    """Losses of each validation example by the way's winner, at the end of its training."""
+    return directory / way / "winner.parquet"
+
+
+def compare(measured: dict[str, Result], directory: Path) -> None:
+    """Adds to each way how its winner stands beside that of (a)."""
+    import pandas as pd
+
+    from analysis.stats import difference_interval
+
+    if "a" not in measured:
+        return
+    losses = measured["a"]["losses"]
+    for way, result in measured.items():
+        result["regret"] = losses[result["winner"]] - losses[measured["a"]["winner"]]
+        own, other = _winner_file(directory, way), _winner_file(directory, "a")
+        if own.is_file() and other.is_file():  # else what an earlier start has found stands
+            interval = difference_interval(pd.read_parquet(own), pd.read_parquet(other))
+            ends = [interval.estimate, interval.low, interval.high]
+            result["difference"] = [round(end, 6) for end in ends]
+
+
+def largest_difference(one: Result, other: Result) -> float:
+    """Between the losses of the trials that both have trained to their end."""
+    both = one["losses"].keys() & other["losses"].keys()
+    return max(abs(one["losses"][key] - other["losses"][key]) for key in both)
+
+
+def rank_correlations(measured: dict[str, Result]) -> dict[int, float]:
+    """Step -> Spearman's correlation of the longest trials' losses there and after their cooldown."""
+    from scipy.stats import spearmanr
+
+    result = measured.get("c") or measured.get("b")
+    correlations = {}
+    if result is not None:
+        for step, losses in result["rungs"].items():
+            pairs = [(loss, result["losses"][key]) for key, loss in losses.items()]
+            correlations[int(step)] = float(spearmanr(pairs).statistic)  # pyright: ignore
+    return correlations
+
+
+def describe(result: Result) -> str:
+    split = ", ".join(f"{SPLIT[name]} {value:.0f}" for name, value in result["split_s"].items())
+    regret = f", regret {result['regret']:.4f}" if "regret" in result else ""
+    return (
+        f"{result['wall_clock_s']:.0f} s ({split}); {result['trial_steps']} trial-steps, "
+        f"{result['num_pruned']} pruned; winner {result['winner']}, loss "
+        f"{result['winner_loss']:.4f}{regret}"
+    )
+
+
+def table(results: dict[str, Any]) -> str:
+    """Markdown of all that was measured."""
+    seeds: dict[str, dict[str, Result]] = results["seeds"]
+    scale = results["settings"]
+    shown = ", ".join(f"{name} {value}" for name, value in scale.items())
+    devices = {r["device"] for m in seeds.values() for r in m.values() if "device" in r}
+    lines = [
+        f"{len(points(scale))} trials; {shown}. Seeds {', '.join(seeds)}. "
+        f"{len(os.sched_getaffinity(0))} cores, {' and '.join(sorted(devices)) or 'device not known'}.",
+        "",
+        "Means over seeds. Regret is what the chosen settings lose in (a)'s own table against its best.",
+        "",
+        "| way | wall-clock, s | against (a) | against (a) in one process | trial-steps | tokens | "
+        "pruned | regret, nats |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for way, title in WAYS.items():
+        both = [(m.get("a"), m[way]) for m in seeds.values() if way in m]
+        if both:
+            cells = [
+                _mean((r["wall_clock_s"] for _, r in both), ".0f"),
+                _mean((a["wall_clock_s"] / r["wall_clock_s"] for a, r in both if a), ".2f", "×"),
+                _mean((a["one_process_s"] / _time_s(r) for a, r in both if a), ".2f", "×"),
+                _mean((r["trial_steps"] for _, r in both), ",.0f"),
+                _mean((r["tokens"] for _, r in both), ",.0f"),
+                _mean((r["num_pruned"] for _, r in both), ".1f"),
+                _mean((r["regret"] for _, r in both if "regret" in r), ".4f"),
+            ]
+            lines.append(f"| {title} | {' | '.join(cells)} |")
+    lines += ["", *_seed_table(seeds), "", *_split_table(seeds), ""]
+    lines += [*_losses_text(seeds), *_correlation_table(seeds)]
+    return "\n".join(lines)
+
+
+def _time_s(result: Result) -> float:
+    return result.get("one_process_s", result["wall_clock_s"])
+
+
+def _mean(values: Iterable[float], form: str, unit: str = "") -> str:
+    values = list(values)
+    return f"{statistics.mean(values):{form}}{unit}" if values else ""
+
+
+def _seed_table(seeds: dict[str, dict[str, Result]]) -> list[str]:
+    lines = [
+        "Losses are those of the winner's last adapter on the validation examples; the difference to "
+        "(a)'s winner is paired by example, with its 95 % interval.",
+        "",
+        "| seed | way | wall-clock, s | against (a) | winner | loss | difference | regret |",
+        "| --- | --- | ---: | ---: | --- | ---: | ---: | ---: |",
+    ]
+    for seed, measured in seeds.items():
+        for way in filter(measured.__contains__, WAYS):
+            result, ratio, difference, regret = measured[way], "", "", ""
+            if "a" in measured:
+                ratio = f"{measured['a']['wall_clock_s'] / result['wall_clock_s']:.2f}×"
+                regret = f"{result['regret']:.4f}"
+            if way != "a" and "difference" in result:
+                difference = "{:+.4f} ({:+.4f} to {:+.4f})".format(*result["difference"])
+            lines.append(
+                f"| {seed} | {WAYS[way]} | {result['wall_clock_s']:.0f} | {ratio} | "
+                f"{result['winner']} | {result['winner_loss']:.4f} | {difference} | {regret} |"
+            )
+    return lines
+
+
+def _split_table(seeds: dict[str, dict[str, Result]]) -> list[str]:
+    lines = [
+        "Where the seconds go, means over seeds; of (a) the sums of its processes. What `sweeps.run` does "
+        "before it loads the model is start; the base model's own evaluation is in model, data.",
+        "",
+        f"| way | {' | '.join(SPLIT.values())} |",
+        f"| --- |{' ---: |' * len(SPLIT)}",
+    ]
+    for way, title in WAYS.items():
+        splits = [measured[way]["split_s"] for measured in seeds.values() if way in measured]
+        if splits:
+            cells = [_mean((split[name] for split in splits), ".1f") for name in SPLIT]
+            lines.append(f"| {title} | {' | '.join(cells)} |")
+    return lines
+
+
+def _losses_text(seeds: dict[str, dict[str, Result]]) -> list[str]:
+    lines = []
+    for one, other in (("c", "b"), ("b", "a")):
+        found = [
+            largest_difference(m[one], m[other]) for m in seeds.values() if {one, other} <= {*m}
+        ]
+        if found:
+            lines.append(
+                f"Largest difference of a trial's loss between ({one}) and ({other}): "
+                f"{', '.join(f'{value:.1e}' for value in found)} nats (a value a seed)."
+            )
+    return [*lines, ""]
+
+
+def _correlation_table(seeds: dict[str, dict[str, Result]]) -> list[str]:
+    found = {seed: rank_correlations(measured) for seed, measured in seeds.items()}
+    found = {seed: correlations for seed, correlations in found.items() if correlations}
+    if not found:
+        return []
+    lines = [
+        "Does the order before the cooldown predict the order after it? Spearman's rank correlation of the "
+        "longest trials' losses at a step and at their end.",
+        "",
+        f"| step | mean | {' | '.join(f'seed {seed}' for seed in found)} |",
+        f"| ---: | ---: |{' ---: |' * len(found)}",
+    ]
+    for step in sorted(next(iter(found.values()))):
+        values = [correlations[step] for correlations in found.values()]
+        shown = " | ".join(f"{value:.2f}" for value in values)
+        lines.append(f"| {step} | {statistics.mean(values):.2f} | {shown} |")
+    return [*lines, ""]
+
+
+if __name__ == "__main__":
+    main()
