@@ -1,7 +1,7 @@
 """A sweep's directory from the runner's side: whose it is, who holds it, what it knows already.
 
-`locked(paths)` makes the one process that may write; `find_known` and `copy_known` save training a
-point twice. What the directory says about its trials is read by `sweeps.ledger`.
+`locked(paths)` makes the one process that may write; `copy_known` saves training a point twice. What the
+directory says about its trials is read by `sweeps.ledger`.
 """
 
 import fcntl
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from sweeps.environment import describe_environment
-from sweeps.ledger import TrialRecord, read_sweep
+from sweeps.ledger import TrialRecord
 from sweeps.spec import SweepDefinition, read_definition
 from training.config import TrialConfig
 from training.exceptions import SweepError
@@ -103,19 +103,6 @@ def write_definition(definition: SweepDefinition, paths: SweepPaths) -> None:
     write_text(paths.definition, definition.text)
     if not paths.environment.is_file():
         write_json(paths.environment, describe_environment())
-
-
-def find_known(config: TrialConfig, paths: SweepPaths) -> TrialRecord | None:
-    """The finished trial of this sweep that was trained with exactly these settings."""
-    settings = config.to_dict()
-    for record in read_sweep(paths.root).finished:
-        if (
-            record.settings == settings
-            and record.loss is not None
-            and "same_as" not in record.result
-        ):
-            return record
-    return None
 
 
 def copy_known(

@@ -4,18 +4,12 @@ A difference of one seed's run to the next is often as large as that between set
 means over seeds decide, and the interval says how much they are worth.
 """
 
-import math
-import statistics
-
-from scipy import stats
-
-from sweeps.ledger import SweepRecord, read_sweep
+from sweeps.ledger import read_sweep
 from sweeps.ties import tied_with_best
 from sweeps.trial_queue import SEED_ATTR, SEED_OF_ATTR, TrialQueue, further_seed
 
 _LEADERS_ATTR = "final_round"
 """Of the study: numbers of the trials in the final round, so that a later start goes on with the same."""
-LEVEL = 0.95
 
 
 def queue_final_round(queue: TrialQueue, num_seeds: int) -> int:
@@ -48,21 +42,3 @@ def queue_final_round(queue: TrialQueue, num_seeds: int) -> int:
             num_queued += 1
     queue.has_nothing = False
     return num_queued + sum(not trial.state.is_finished() for trial in trials)
-
-
-def describe_seeds(record: SweepRecord) -> list[str]:
-    """A line for each setting with several seeds: mean, and its t interval of 95 %."""
-    lines = []
-    for trial in record.finished:
-        losses = record.seed_losses(trial)
-        if trial.seed_of is None and len(losses) > 1:
-            lines.append(
-                f"trial {trial.number} {trial.name}: {statistics.mean(losses):.4f} "
-                f"± {_half_width(losses):.4f} over {len(losses)} seeds"
-            )
-    return lines
-
-
-def _half_width(losses: list[float]) -> float:
-    quantile = float(stats.t.ppf((1 + LEVEL) / 2, len(losses) - 1))
-    return quantile * statistics.stdev(losses) / math.sqrt(len(losses))

@@ -59,7 +59,7 @@ def branch_points(space: dict[str, BaseDistribution], config: TrialConfig) -> tu
     for values in itertools.islice(alternatives, _MOST_ALTERNATIVES):
         other = replace(config, **dict(zip(choices, values, strict=True)))
         steps = shared_steps(config, other)
-        if steps >= LEAST_STEPS and not steps == config.max_steps == other.max_steps:
+        if steps >= LEAST_STEPS and other != config:
             points.add(steps)
     if len(points) > MOST_BRANCHES:
         points = {step - step % config.eval_steps for step in points} - {0}

@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sweeps.ledger import METRIC, SweepRecord
+from sweeps.ties import describe_seeds
 
 
 def print_summary(record: SweepRecord, console: Console) -> None:
@@ -43,10 +44,27 @@ def print_summary(record: SweepRecord, console: Console) -> None:
         shown = f" at step {step}" if step is not None else ""
         shown += f"; the base model has {base:.4f}" if base is not None else ""
         console.print(f"best: trial {best.number} {best.name}, {METRIC} {best.loss:.4f}{shown}")
+    for line in [steps_text(record), *describe_seeds(record)]:
+        console.print(line)
     num_failed = sum(trial.state == "failed" for trial in record.trials)
     if num_failed:
         console.print(f"{num_failed} failed (see trial.log there); the same command tries again")
     console.print(f"next: python -m analysis.report {record.paths.root}")
+
+
+def steps_text(record: SweepRecord) -> str:
+    """`steps: 251 trained, 44 saved by stages, 0 by pruning`."""
+    trained = saved = pruned = 0
+    for trial in record.all_trials:
+        if not trial.result:
+            continue
+        own_saved = trial.result.get("steps_saved") or 0
+        num_steps = trial.result.get("num_steps") or 0
+        saved += own_saved
+        trained += num_steps - own_saved
+        if trial.state == "pruned":
+            pruned += trial.settings["max_steps"] - num_steps
+    return f"steps: {trained:,} trained, {saved:,} saved by stages, {pruned:,} by pruning"
 
 
 def make_console() -> Console:

@@ -1,4 +1,4 @@
-"""Which trials cannot be told apart from the best one, by their losses on the same examples.
+"""Which trials cannot be told apart from the best one; what several seeds say of a setting.
 
 The mean over tokens is a ratio of sums; its difference between two trials has the standard error of the
 linearised ratio (Cochran, Sampling Techniques, section 6): residuals d_i - n_i D of the examples' paired
@@ -6,6 +6,7 @@ differences d_i. Holm's correction holds the chance of one wrong "worse" among a
 """
 
 import math
+import statistics
 
 import numpy as np
 from scipy import stats
@@ -58,3 +59,21 @@ def _holm(p_values: list[float]) -> list[bool]:
             break
         rejected[index] = True
     return rejected
+
+
+def describe_seeds(record: SweepRecord) -> list[str]:
+    """A line for each setting with several seeds: mean, and its t interval of 95 %."""
+    lines = []
+    for trial in record.finished:
+        losses = record.seed_losses(trial)
+        if trial.seed_of is None and len(losses) > 1:
+            lines.append(
+                f"trial {trial.number} {trial.name}: {statistics.mean(losses):.4f} "
+                f"± {_half_width(losses):.4f} over {len(losses)} seeds"
+            )
+    return lines
+
+
+def _half_width(losses: list[float]) -> float:
+    quantile = float(stats.t.ppf(1 - LEVEL / 2, len(losses) - 1))
+    return quantile * statistics.stdev(losses) / math.sqrt(len(losses))

@@ -6,6 +6,7 @@ the longest goes first. The study and the trial directories say between them wha
 with a result is told, one without goes on under its number, a failed one is queued again by each start.
 """
 
+import json
 import math
 import time
 from dataclasses import dataclass, field, replace
@@ -16,8 +17,8 @@ from optuna.samplers import GridSampler, RandomSampler
 from optuna.trial import FrozenTrial, TrialState, create_trial
 from rich.console import Console
 
-from sweeps.directory import copy_known, find_known
-from sweeps.ledger import METRIC, read_metrics, read_sweep
+from sweeps.directory import copy_known
+from sweeps.ledger import METRIC, read_metrics, read_sweep, read_trial
 from sweeps.one_factor import COMBINATION, NAME_ATTR, OneFactorSampler
 from sweeps.pruning import Pruning
 from sweeps.spec import SweepDefinition
@@ -75,6 +76,8 @@ class TrialQueue(Trials):
     waiting: list[Job] = field(default_factory=list)
     """Asked for, and not begun."""
     running: dict[int, Job] = field(default_factory=dict)
+    known: dict[str, int] = field(default_factory=dict)
+    """Settings -> number of the finished trial that has them; read once, for a sweep may have thousands."""
     failures: list[str] = field(default_factory=list)
     """Causes of the trials that failed since the last one that did not."""
     sharing: Sharing = field(init=False)
@@ -102,6 +105,7 @@ class TrialQueue(Trials):
             if not trial.result:
                 continue
             self._count(trial.result, trial.settings["max_steps"])
+            self._learn(trial.number, trial.settings, trial.result)
             self.num_trained += trial.result.get("num_steps", 0) - trial.result.get(
                 "steps_saved", 0
             )
@@ -111,6 +115,8 @@ class TrialQueue(Trials):
                 self.unfinished.append(frozen)
             else:
                 self._settle(frozen.number)
+        # What has been saved first, or others train its steps again.
+        self.unfinished.sort(key=lambda f: not self.paths.trial(f.number).state.is_dir())
         num_done = self.num_counted(finished_only=True)
         if num_done:
             self.console.print(f"{num_done} of {self.num_trials or '?'} trials are already there")
@@ -163,6 +169,7 @@ class TrialQueue(Trials):
                 raise outcome  # wrong data, model or settings: the next trial would meet it, too
             self._count_failure(label, f"{type(outcome).__name__}: {first_line(outcome)}")
         else:
+            self._learn(number, job.config.to_dict(), outcome)
             self._settle(number)
             self._finish(label, outcome, job.config)
 
@@ -209,7 +216,8 @@ class TrialQueue(Trials):
         if not ready:
             return None
         family = [job for job in ready if job is ready[0] or same_family(job, ready[0])]
-        job = max(family, key=lambda job: job.config.max_steps)
+        # What an interrupted one has saved of the shared steps, another would train again.
+        job = max(family, key=lambda job: (job.paths.state.is_dir(), job.config.max_steps))
         self.waiting.remove(job)
         return job
 
@@ -302,13 +310,20 @@ class TrialQueue(Trials):
 
     def _takes_known(self, job: Job) -> bool:
         """Copies the trial from the one that had exactly these settings, if there is one."""
-        known = find_known(job.config, self.paths)
-        if known is None:
+        number = self.known.get(_key(job.config.to_dict()))
+        if number is None:
             return False
         assert job.info is not None
         self._print_start(job)
+        known = read_trial(self.paths.trial(number))
         self.done(job, copy_known(known, job.paths, job.config, job.info))
         return True
+
+    def _learn(self, number: int, settings: dict[str, Any], result: dict[str, Any]) -> None:
+        """A finished trial need not be trained again, if it is not a copy itself."""
+        is_complete = result.get("state") == "complete" and result.get(METRIC) is not None
+        if is_complete and "same_as" not in result:
+            self.known.setdefault(_key(settings), number)
 
     # Telling
 
@@ -468,6 +483,10 @@ def further_seed(trial: FrozenTrial, seed: int) -> FrozenTrial:
         user_attrs={SEED_OF_ATTR: trial.number, SEED_ATTR: seed}
         | ({NAME_ATTR: name} if name else {}),
     )
+
+
+def _key(settings: dict[str, Any]) -> str:
+    return json.dumps(settings, sort_keys=True)
 
 
 def _number(job: Job) -> int:

@@ -113,8 +113,8 @@ class _RemoteProgress:
     def __init__(self, link: _Link, number: int):
         self.link, self.number = link, number
 
-    def resumed(self, step: int) -> None:
-        self.link.send("show", self.number, "resumed", (step,), {})
+    def resumed(self, step: int, train_loss: float) -> None:
+        self.link.send("show", self.number, "resumed", (step, train_loss), {})
 
     def step(self, step: int, train_loss: float) -> None:
         self.link.send("show", self.number, "step", (step, train_loss), {})

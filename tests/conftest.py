@@ -17,6 +17,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["WANDB_MODE"] = "offline"
 os.environ["WANDB_SILENT"] = "true"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# Tiny models gain nothing from a second thread, and two processes of two threads each on two cores wait
+# for one another most of the time.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def _use_cache_of_its_own() -> None:

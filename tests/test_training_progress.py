@@ -254,7 +254,7 @@ def test_the_pace_is_that_of_the_steps_done_since_a_trial_was_resumed_or_forked(
 ) -> None:
     display = Display(terminal())
     trial = display.add("trial 3", 60)
-    trial.resumed(step)
+    trial.resumed(step, 1.0)
     assert drawn(display)[1].split()[3] == f"{step}/60"
     clock.now += 30
     for number in range(step + 1, step + 11):

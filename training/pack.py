@@ -214,12 +214,14 @@ class _Pack:
             slot.recorder.train_time_s += time_s * num_tokens[id(slot.trial)] / total
             result = taken.get(id(slot.trial))
             if result is not None:
-                self._guard(
-                    slot, lambda slot=slot, result=result: self._record(slot, result, time_s)
-                )
+                self._guard(slot, lambda slot=slot, result=result: self._log(slot, result, time_s))
+        for slot in list(self.slots):
+            if self.options.stop.is_set():
+                return  # what is due then is done when the trial goes on
+            if id(slot.trial) in taken:
+                self._guard(slot, lambda slot=slot: self._after_step(slot))
 
-    def _record(self, slot: _Slot, result: StepResult, time_s: float) -> None:
-        """Keeps a step, evaluates where one is due, and ends the trial where it ends."""
+    def _log(self, slot: _Slot, result: StepResult, time_s: float) -> None:
         slot.recorder.log_step(
             result.step,
             train_loss=result.train_loss,
@@ -228,26 +230,28 @@ class _Pack:
             step_time_s=time_s,
             grad_norm=result.grad_norm,
         )
-        job, trial = slot.job, slot.trial
         if not math.isfinite(result.train_loss):
             self._end(slot, "failed", f"train/loss is {result.train_loss} at step {result.step}")
-            return
-        is_due = result.step % job.config.eval_steps == 0
+
+    def _after_step(self, slot: _Slot) -> None:
+        """Evaluates and stores where that is due, and ends the trial where it ends."""
+        job, trial, recorder = slot.job, slot.trial, slot.recorder
+        is_due = trial.step % job.config.eval_steps == 0 and recorder.last_eval_step != trial.step
         if is_due and not self._evaluate(slot):
             return
-        if result.step in job.branches:
+        if trial.step in job.branches and trial.step > recorder.steps_saved:
             self._store(slot)
         if trial.is_done:
-            if is_due or self._evaluate(slot):
+            # Its last evaluation is no other trial's, so it comes after the stage.
+            if recorder.last_eval_step == trial.step or self._evaluate(slot):
                 self._end(slot, "complete")
             return
         if is_due:
-            save_state(capture(trial, slot.recorder.record()), job.paths.state)
-            loss = slot.recorder.last_loss
-            assert loss is not None
-            reason = self.trials.evaluated(job, result.step, loss)
+            save_state(capture(trial, recorder.record()), job.paths.state)
+            assert recorder.last_loss is not None
+            reason = self.trials.evaluated(job, trial.step, recorder.last_loss)
             if reason is not None:
-                if any(step > result.step for step in job.branches):
+                if any(step > trial.step for step in job.branches):
                     self._store(slot)  # for those that wait for more of it
                 self._end(slot, "pruned", reason)
 
@@ -256,12 +260,10 @@ class _Pack:
         reason = self.trials.began(slot.job, slot.trial.step)
         if reason is not None:
             self._end(slot, "pruned", reason)
-            return
-        if not slot.trial.is_done:
-            return
-        # Its stage has all of its steps.
-        if slot.recorder.last_eval_step == slot.trial.step or self._evaluate(slot):
-            self._end(slot, "complete")
+        elif slot.trial.step:
+            self._after_step(
+                slot
+            )  # what its process was stopped before, or all its steps are a stage's
 
     def _store(self, slot: _Slot) -> None:
         job = slot.job

@@ -100,9 +100,10 @@ class Progress:
         self.eval_loss: float | None = None
         self.is_best = False
 
-    def resumed(self, step: int) -> None:
+    def resumed(self, step: int, train_loss: float) -> None:
         """The trial goes on after `step`, which an earlier process or another trial trained."""
         self.first_step = self.num_done = step
+        self.train_loss = train_loss
 
     def step(self, step: int, train_loss: float) -> None:
         self.num_done, self.train_loss = step, train_loss

@@ -71,7 +71,7 @@ class TrialRecorder:
             vars(self).update({name: record[name] for name in _RECORD})
             self.best_loss = math.inf if self.best_loss is None else self.best_loss
             _forget_after(paths.metrics, self.num_steps)
-            progress.resumed(self.num_steps)
+            progress.resumed(self.num_steps, self.train_loss or math.nan)
             if self.forked_from and self.num_steps == self.steps_saved:
                 self._tell_history()
         self.file = open(paths.metrics, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
