@@ -2,6 +2,7 @@
 
     python -m benchmarks.engine                 all cases, about 12 minutes on 2 cores
     python -m benchmarks.engine --cases main    one of: main, short_answers, mixed_lengths, 4bit
+    python -m benchmarks.engine --profile 8     where the time of a pack of eight goes
 
 Every engine of a case runs in turn, several rounds of it, and medians are kept: on a shared machine only
 ratios within one run mean anything. The share of the peak counts useful work only: the base's products once
@@ -43,10 +44,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--rounds", type=int, default=3, help="repeats, of which medians are kept")
+    parser.add_argument("--profile", type=int, metavar="K", help="trials of a pack to look into")
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
         print(json.dumps(measure(*options.one)))
+        return
+    if options.profile:
+        print(profile(options.profile))
         return
     file = RESULTS / "engine.json"
     results = json.loads(file.read_text()) if file.is_file() else {}
@@ -207,6 +212,53 @@ def run_packed(config: Any, model: Any, train: Any, slots: int) -> dict[str, flo
     numbers["computed_tokens"] = round(sum(tokens for tokens, _ in rows) / STEPS / slots, 1)
     numbers["supervised_tokens"] = round(sum(targets for _, targets in rows) / STEPS / slots, 1)
     return numbers
+
+
+OPERATIONS = {
+    "matrix products (mm, addmm, bmm, baddbmm)": ("aten::mm", "aten::addmm_", "aten::bmm", "aten::baddbmm"),
+    "Python of the LoRA layers and of attention": (
+        "_PackedLinear", "_PackedLinearBackward", "_Explicit", "_ExplicitBackward", "_WeightedLoss",
+    ),
+    "norms, rotary embedding, SwiGLU, residual sums": (
+        "aten::mul", "aten::mul_", "aten::add", "aten::add_", "aten::pow", "aten::mean", "aten::rsqrt",
+        "aten::silu", "aten::silu_backward", "aten::neg", "aten::div", "aten::sum",
+    ),
+    "softmax of attention and head": (
+        "aten::_softmax", "aten::_softmax_backward_data", "aten::amax", "aten::log",
+    ),
+    "copies, concatenation, zeros": ("aten::copy_", "aten::cat", "aten::fill_", "aten::zero_"),
+    "AdamW, clipping": ("aten::_fused_adamw_", "aten::linalg_vector_norm"),
+}  # fmt: skip
+
+
+def profile(slots: int) -> str:
+    """Markdown: share of a step's time by kind of operation, of the main case."""
+    import torch
+    from torch.profiler import ProfilerActivity
+
+    from training.config import TrialConfig
+    from training.engine import PackedEngine
+    from training.examples import Examples
+    from training.model import load_model
+
+    config = settings("main")
+    data = Examples(examples("main", config))
+    with PackedEngine(load_model(config)) as engine:
+        for number in range(slots):
+            changed = {**config.to_dict(), "learning_rate": 1e-4 * (1 + number)}
+            engine.admit(TrialConfig.from_dict(changed), data, f"t{number}")
+        engine.step()
+        with torch.profiler.profile(activities=[ProfilerActivity.CPU]) as profiler:
+            for _ in range(STEPS):
+                engine.step()
+    times = {event.key: event.self_cpu_time_total for event in profiler.key_averages()}
+    total = sum(times.values())
+    rows = {
+        name: sum(times.get(key, 0) for key in keys) / total for name, keys in OPERATIONS.items()
+    }
+    rows["everything else"] = 1 - sum(rows.values())
+    lines = ["| kind of operation | share of the time |", "| --- | ---: |"]
+    return "\n".join(lines + [f"| {name} | {share:.0%} |" for name, share in rows.items()])
 
 
 def num_tokens_of(config: Any, train: Any) -> int:
