@@ -522,7 +522,8 @@ def rank_correlations(measured: dict[str, Result]) -> dict[int, float]:
     if result is not None:
         for step, losses in result["rungs"].items():
             pairs = [(loss, result["losses"][key]) for key, loss in losses.items()]
-            correlations[int(step)] = float(spearmanr(pairs).statistic)  # pyright: ignore
+            if len(pairs) > 2:
+                correlations[int(step)] = float(spearmanr(pairs).statistic)  # pyright: ignore
     return correlations
 
 
