@@ -119,6 +119,11 @@ class Sharing:
         self.stored.add(prefix)
         self.leaders.get(number, {}).pop(prefix, None)
 
+    def passed(self, number: int, step: int) -> None:
+        """The trial stores nothing up to this step any more."""
+        ahead = {prefix: at for prefix, at in self.leaders.get(number, {}).items() if at > step}
+        self.leaders[number] = ahead
+
     def ended(self, number: int) -> None:
         self.leaders.pop(number, None)
 
@@ -140,11 +145,6 @@ def _prefixes(job: Job) -> dict[str, int]:
     if job.prefixes is None:
         job.prefixes = {prefix_hash(job.config, step): step for step in job.branches}
     return job.prefixes
-
-
-def same_family(a: Job, b: Job) -> bool:
-    """Whether the two share their first stage."""
-    return bool(_prefixes(a).keys() & _prefixes(b).keys())
 
 
 @dataclass(kw_only=True)

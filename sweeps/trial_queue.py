@@ -1,8 +1,8 @@
 """The trials of one sweep in the order in which they are trained: study on one side, slots on the other.
 
 ask -> waiting -> running -> (evaluated, perhaps pruned) -> done -> tell. A trial waits while another one in
-flight trains steps that it can fork (`sweeps.stages`), or has its very settings; of trials that share steps
-the longest goes first. The study and the trial directories say between them what is done: a RUNNING trial
+flight trains steps that it can fork (`sweeps.stages`), or has its very settings; where trials share steps,
+the shortest goes first. The study and the trial directories say between them what is done: a RUNNING trial
 with a result is told, one without goes on under its number, a failed one is queued again by each start.
 """
 
@@ -22,7 +22,7 @@ from sweeps.ledger import METRIC, read_metrics, read_sweep, read_trial
 from sweeps.one_factor import COMBINATION, NAME_ATTR, OneFactorSampler
 from sweeps.pruning import Pruning
 from sweeps.spec import SweepDefinition
-from sweeps.stages import Sharing, branch_points, planned_steps, same_family
+from sweeps.stages import Sharing, branch_points, planned_steps
 from sweeps.study import build_sampler, planned_points, search_space
 from sweeps.terminal import first_line, params_text
 from training.config import TrialConfig
@@ -36,9 +36,9 @@ RETRY_ATTR = "retry_of"
 SEED_OF_ATTR = "seed_of"
 SEED_ATTR = "seed"
 WINDOW = 64
-"""Most trials asked for before their turn, where what is asked does not depend on results."""
+"""Most trials asked for before their turn, where none depends on results; more if none can begin yet."""
 MOST_BLOCKED = 4
-"""Most trials of an adaptive sampler that wait for others; asked for later, it knows more."""
+"""Most trials that wait for others where results decide what is asked for, or whether anything still is."""
 _GRID_ATTRS = ("grid_id", "search_space")
 
 
@@ -144,6 +144,9 @@ class TrialQueue(Trials):
 
     def began(self, job: Job, step: int) -> str | None:
         """A trial that begins with a stage has that one's evaluations behind it."""
+        # Stages that it has passed and not stored are worth no waiting.
+        self.sharing.passed(_number(job), step)
+        self.has_nothing = False
         if not step or _is_further_seed(job):
             return None
         metrics = read_metrics(job.paths.metrics)
@@ -175,6 +178,9 @@ class TrialQueue(Trials):
 
     def requeue(self, job: Job) -> None:
         """A trial whose process has died: the next free slot goes on from its last saved state."""
+        if job.paths.result.is_file():
+            self.done(job, read_json(job.paths.result))  # it had ended, but nobody was told
+            return
         self._left(_number(job))
         self.waiting.insert(0, job)
 
@@ -193,31 +199,32 @@ class TrialQueue(Trials):
 
     def _look_ahead(self) -> None:
         """Asks for trials until one can begin, or as many as make the order a good one."""
-        while True:
-            ready = any(self._is_ready(job) for job in self.waiting)
-            if ready and not self._orders_ahead():
-                return
-            most = MOST_BLOCKED if self.is_adaptive else WINDOW
-            if len(self.waiting) >= most and (ready or self.running):
-                return
+        ready = any(self._is_ready(job) for job in self.waiting)
+        while not self._looks_far_enough(ready):
             job = self._ask()
             if job is None:
                 return
             self.waiting.append(job)
+            ready = ready or self._is_ready(job)
 
-    def _orders_ahead(self) -> bool:
-        """Whether trials share steps, and none depends on another's result."""
+    def _looks_far_enough(self, ready: bool) -> bool:
+        if self.is_adaptive or self.definition.target is not None:
+            return ready or (len(self.waiting) >= MOST_BLOCKED and bool(self.running))
+        # What does not depend on results may be asked for at any time: no slot is free for want of it.
         shares = self.shares_stages and any(job.branches for job in self.waiting)
-        return shares and not self.is_adaptive and self.definition.target is None
+        return ready and (not shares or len(self.waiting) >= WINDOW)
 
     def _take_ready(self) -> Job | None:
-        """The first that can begin; of its family, the longest, which stores what the others fork."""
+        """Of those that can begin the first; where trials share steps, the shortest.
+
+        In any order each shared step is trained once. Shortest first, all families come to the same steps at
+        about the same time, which is when a pruner can compare them: docs/scheduling.md has the numbers.
+        """
         ready = [job for job in self.waiting if self._is_ready(job)]
         if not ready:
             return None
-        family = [job for job in ready if job is ready[0] or same_family(job, ready[0])]
-        # What an interrupted one has saved of the shared steps, another would train again.
-        job = max(family, key=lambda job: (job.paths.state.is_dir(), job.config.max_steps))
+        shares = any(job.branches for job in ready)
+        job = min(ready, key=lambda job: job.config.max_steps) if shares else ready[0]
         self.waiting.remove(job)
         return job
 
@@ -413,14 +420,13 @@ class TrialQueue(Trials):
 
     def num_counted(self, *, finished_only: bool = False) -> int:
         """Trials that count: those that a retry repeats do not, nor do further seeds."""
-        trials = self.study.get_trials(deepcopy=False)
-        repeated = {trial.user_attrs.get(RETRY_ATTR) for trial in trials}
-        return sum(
-            trial.number not in repeated
-            and SEED_OF_ATTR not in trial.user_attrs
-            and (trial.state.is_finished() or not finished_only)
-            for trial in trials
-        )
+        num = 0
+        for trial in self.study.get_trials(deepcopy=False):
+            attrs = trial.user_attrs
+            if SEED_OF_ATTR not in attrs:
+                num += not finished_only or trial.state.is_finished()
+                num -= RETRY_ATTR in attrs  # the failed one that it repeats has been counted, too
+        return num
 
     def savings(self) -> str:
         """`44 steps saved by stages, 20 by pruning`, or nothing."""
