@@ -168,7 +168,8 @@ def _has_word(name: str, word: str) -> bool:
 
 
 def _from_sweep(sweep: SweepRecord) -> Results:
-    trials = [_from_record(record) for record in sweep.trials]
+    # Further seeds are in `sweep.seed_losses`; as rows of their own the luckiest would be the best trial.
+    trials = [_from_record(record) for record in sweep.trials if record.seed_of is None]
     settings = list(dict.fromkeys(name for trial in trials for name in trial.params))
     varied = [name for name in settings if len({repr(t.params.get(name)) for t in trials}) > 1]
     return Results(sweep.name, sweep.paths.root, trials, varied or settings, sweep)

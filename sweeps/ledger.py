@@ -99,8 +99,12 @@ class SweepRecord:
         firsts = [trial for trial in scored if trial.seed_of is None] or scored
         if not firsts:
             raise SweepError(f"{self.paths.root}: no trial has finished, so there is no best one")
+        losses = {trial.number: self.seed_losses(trial) for trial in firsts}
+        # A mean is not compared with one lucky seed: that of a setting which the final round left out.
+        several = [trial for trial in firsts if len(losses[trial.number]) > 1]
         return min(
-            firsts, key=lambda trial: (statistics.mean(self.seed_losses(trial)), trial.number)
+            several or firsts,
+            key=lambda trial: (statistics.mean(losses[trial.number]), trial.number),
         )
 
     def seed_losses(self, trial: TrialRecord) -> list[float]:

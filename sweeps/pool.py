@@ -20,10 +20,11 @@ from typing import IO, Any
 from sweeps.trial_queue import TrialQueue
 from training.exceptions import SweepError
 from training.job import Engine, Job, JobOptions
+from training.paths import write_json
 from training.progress import Progress
 
 MOST_DEATHS = 5
-"""Deaths of workers in a row, none of their trials having come to an evaluation between, that end a sweep."""
+"""Deaths of its workers without an evaluation between that fail a trial; of idle workers, the sweep."""
 SAVING_S = 60.0
 """Longest that workers may take to save their trials when they are told to stop."""
 
@@ -80,6 +81,9 @@ class _Pool:
         self.num_workers = num_workers
         self.workers: list[_Worker] = []
         self.num_deaths = 0
+        """Of workers without a trial, in a row."""
+        self.deaths: dict[int, int] = {}
+        """Trial -> deaths of its workers since its last evaluation."""
 
     def start(self, number: int) -> None:
         ours, theirs = multiprocessing.Pipe()
@@ -108,6 +112,8 @@ class _Pool:
                     continue
                 self._handle(worker, *message)
             self._give_jobs()
+        if self.options.stop.is_set():
+            raise KeyboardInterrupt  # the signal has ended the workers first
 
     def end(self) -> None:
         """Lets workers save what they train, and waits for them; nothing where all have ended."""
@@ -155,6 +161,7 @@ class _Pool:
             del worker.jobs[number]
         if name in ("done", "evaluated"):
             self.num_deaths = 0
+            self.deaths.pop(number, None)
         _send(worker, getattr(self.queue, name)(job, *values))
 
     def _give_jobs(self) -> None:
@@ -180,24 +187,37 @@ class _Pool:
         status = worker.process.wait()
         for progress in list(worker.progress.values()):
             progress.close()
-        for job in reversed(list(worker.jobs.values())):
-            self.queue.requeue(job)
-        if status == 0 and not worker.jobs:
-            return
         if self.options.stop.is_set():
             return  # it has got the same signal
-        self.num_deaths += 1
         cause = f"signal {signal.Signals(-status).name}" if status < 0 else f"status {status}"
+        for number, job in reversed(worker.jobs.items()):
+            self._take_back(number, job, cause)
+        if status == 0 and not worker.jobs:
+            return
+        self.num_deaths += not worker.jobs
         if self.num_deaths >= MOST_DEATHS:
             raise SweepError(
                 f"{self.queue.paths.root}: workers died {self.num_deaths} times in a row, the last "
-                f"by {cause}, before any trial came to an evaluation; fewer --slots need less memory"
+                f"by {cause}, before they had a trial"
             )
         self.options.display.console.print(
             f"worker {worker.number} died by {cause}: its {len(worker.jobs)} trials go on from their "
             "last saved state"
         )
         self.start(worker.number)
+
+    def _take_back(self, number: int, job: Job, cause: str) -> None:
+        """A trial whose worker has died goes on, unless it has been there at too many deaths."""
+        self.deaths[number] = self.deaths.get(number, 0) + 1
+        if self.deaths[number] < MOST_DEATHS or job.paths.result.is_file():
+            self.queue.requeue(job)
+            return
+        reason = (
+            f"its worker died {MOST_DEATHS} times before its next evaluation, the last by {cause}; "
+            "fewer --slots need less memory"
+        )
+        write_json(job.paths.result, {"state": "failed", "reason": reason})
+        self.queue.done(job, RuntimeError(reason))
 
 
 def _send(worker: _Worker, answer: Any) -> None:

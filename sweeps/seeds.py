@@ -20,18 +20,23 @@ def queue_final_round(queue: TrialQueue, num_seeds: int) -> int:
         num_seeds: fresh seeds for each leader.
     """
     record = read_sweep(queue.paths.root)
-    numbers = queue.study.user_attrs.get(_LEADERS_ATTR)
-    if numbers is None:
-        if not any(trial.loss is not None for trial in record.finished):
-            return 0
-        numbers = [trial.number for trial in tied_with_best(record)]
+    if not any(trial.loss is not None for trial in record.finished):
+        return 0
+    trials = queue.study.get_trials(deepcopy=False)
+    numbers: list[int] = queue.study.user_attrs.get(_LEADERS_ATTR, [])
+    is_open = any(
+        trial.user_attrs.get(SEED_OF_ATTR) in numbers and not trial.state.is_finished()
+        for trial in trials
+    )
+    if not is_open:  # a later start may have found others
+        leaders = [trial.number for trial in tied_with_best(record)]
+        numbers = list(dict.fromkeys([*numbers, *leaders]))
         queue.study.set_user_attr(_LEADERS_ATTR, numbers)
     queue.console.print(
         f"final round: {num_seeds} fresh seeds for trial{'s' * (len(numbers) > 1)} "
         + ", ".join(map(str, numbers))
     )
     num_queued = 0
-    trials = queue.study.get_trials(deepcopy=False)
     for number in numbers:
         own = record.trial(number).config.seed
         further = [t for t in trials if t.user_attrs.get(SEED_OF_ATTR) == number]

@@ -44,10 +44,11 @@ def branch_points(space: dict[str, BaseDistribution], config: TrialConfig) -> tu
     """Steps after which another trial of the search space parts from this one, in order.
 
     Args:
-        space: distributions of the varied settings. Only lists and steps of numbers can be looked
-            through; a setting of the schedule that varies continuously shares nothing.
+        space: distributions of the varied settings; where one varies continuously, nothing is shared.
         config: the trial.
     """
+    if not all(_values(distribution) for distribution in space.values()):
+        return ()  # no two trials have the same value of what varies continuously
     choices = {
         name: _values(space[name])
         for name in SCHEDULE_SETTINGS

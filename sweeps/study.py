@@ -1,7 +1,8 @@
 """Builds the Optuna study of a sweep: sampler and pruner from the definition, results in SQLite.
 
 `open_study(definition, paths)` -> the sweep's study, new or continued. `one_factor` is what a
-definition's `scheduler: {engine: optuna, source: sweeps/study.py, optimizer: one_factor}` names:
+definition's `scheduler: {engine: optuna, source: sweeps/study.py, optimizer: one_factor}` names (or `gp`,
+`cmaes`, `qmc`, or a function in a file of your own):
 W&B's scheduler and our runner call the same function with a `SweepInfo`; ours takes the sampler and
 pruner of the in-memory study that it returns. W&B's own mapping makes Optuna's distributions.
 """
@@ -9,6 +10,7 @@ pruner of the in-memory study that it returns. W&B's own mapping makes Optuna's 
 import itertools
 import json
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from optuna.distributions import (
     FloatDistribution,
     IntDistribution,
 )
+from optuna.exceptions import ExperimentalWarning
 from optuna.pruners import NopPruner
 from optuna.samplers import BaseSampler, GridSampler, RandomSampler, TPESampler
 from sqlalchemy import URL
@@ -61,6 +64,29 @@ def one_factor(sweep: SweepInfo) -> optuna.Study:
     return optuna.create_study(
         direction="minimize", sampler=OneFactorSampler(factors), pruner=NopPruner()
     )
+
+
+def gp(sweep: SweepInfo) -> optuna.Study:
+    """Study of a Gaussian process, for tens of costly trials; it takes those in flight into account."""
+    return _study(optuna.samplers.GPSampler(n_startup_trials=8))
+
+
+def cmaes(sweep: SweepInfo) -> optuna.Study:
+    """Study of CMA-ES, for ranges and hundreds of trials; settings with listed values are drawn at random."""
+    return _study(optuna.samplers.CmaEsSampler(warn_independent_sampling=False))
+
+
+def qmc(sweep: SweepInfo) -> optuna.Study:
+    """Study of a scrambled Sobol sequence: ranges covered more evenly than at random."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)  # its interface may change
+        return _study(
+            optuna.samplers.QMCSampler(scramble=True, seed=0, warn_independent_sampling=False)
+        )
+
+
+def _study(sampler: BaseSampler) -> optuna.Study:
+    return optuna.create_study(direction="minimize", sampler=sampler, pruner=NopPruner())
 
 
 def search_space(definition: SweepDefinition) -> dict[str, BaseDistribution]:
@@ -121,8 +147,10 @@ def scheduler_study(definition: SweepDefinition) -> optuna.Study:
         config=definition.config,
         controller_run_name="",
     )
-    if source.resolve() == Path(__file__).resolve() and scheduler["optimizer"] == "one_factor":
-        return one_factor(sweep)  # the very same classes, not a second copy of this module
+    own = {function.__name__: function for function in (one_factor, gp, cmaes, qmc)}
+    if source.resolve() == Path(__file__).resolve() and scheduler["optimizer"] in own:
+        # The very same classes, not a second copy of this module.
+        return own[scheduler["optimizer"]](sweep)
     try:
         study, terminator = load_optimizer_config(
             str(source), scheduler["optimizer"], optuna.Study, sweep

@@ -38,7 +38,8 @@ def worse_p_value(trial: TrialRecord, best: TrialRecord) -> float:
     losses = [
         one.eval_losses(one.result["best_step"]).set_index("example_id") for one in (trial, best)
     ]
-    if not losses[0].index.equals(losses[1].index):
+    counts = [one["num_tokens"] for one in losses]
+    if not losses[0].index.equals(losses[1].index) or not counts[0].equals(counts[1]):
         return 1.0
     difference = (losses[0]["loss_sum"] - losses[1]["loss_sum"]).to_numpy()
     num_tokens = losses[0]["num_tokens"].to_numpy()

@@ -78,6 +78,8 @@ class TrialQueue(Trials):
     running: dict[int, Job] = field(default_factory=dict)
     known: dict[str, int] = field(default_factory=dict)
     """Settings -> number of the finished trial that has them; read once, for a sweep may have thousands."""
+    late: list[FrozenTrial] = field(default_factory=list)
+    """Failed combinations: repeated when all others have ended, on which they depend."""
     failures: list[str] = field(default_factory=list)
     """Causes of the trials that failed since the last one that did not."""
     sharing: Sharing = field(init=False)
@@ -121,7 +123,10 @@ class TrialQueue(Trials):
         if num_done:
             self.console.print(f"{num_done} of {self.num_trials or '?'} trials are already there")
         for frozen in failed:
-            self.study.add_trial(_retry(frozen))
+            if _is_combination(frozen):
+                self.late.append(frozen)
+            else:
+                self.study.add_trial(_retry(frozen))
 
     # What a pack asks and tells
 
@@ -223,8 +228,10 @@ class TrialQueue(Trials):
         ready = [job for job in self.waiting if self._is_ready(job)]
         if not ready:
             return None
-        shares = any(job.branches for job in ready)
-        job = min(ready, key=lambda job: job.config.max_steps) if shares else ready[0]
+        job = ready[0]
+        if any(job.branches for job in ready):
+            # What an interrupted one has saved of shared steps, another would train again: it goes first.
+            job = min(ready, key=lambda job: (not job.paths.state.is_dir(), job.config.max_steps))
         self.waiting.remove(job)
         return job
 
@@ -238,6 +245,9 @@ class TrialQueue(Trials):
             frozen = self.unfinished.pop(0)
             self._reseed(frozen.number)
             return self._job(self._trial(frozen.number))
+        queued = self.study.get_trials(deepcopy=False, states=[TrialState.WAITING])
+        if self.late and not (self.running or self.waiting or queued):
+            self.study.add_trial(_retry(self.late.pop(0)))
         if self._wants_another():
             self._reseed(len(self.study.get_trials(deepcopy=False)))
             return self._job(self.study.ask())
@@ -505,11 +515,16 @@ def _is_further_seed(job: Job) -> bool:
     return job.info["seed_of"] is not None
 
 
+def _is_combination(trial: FrozenTrial) -> bool:
+    """Whether the sampler has made it of the others' results; its further seeds have its settings."""
+    attrs = trial.user_attrs
+    return attrs.get(NAME_ATTR) == COMBINATION and SEED_OF_ATTR not in attrs
+
+
 def _retry(trial: FrozenTrial) -> FrozenTrial:
     """A waiting copy of a failed trial. GridSampler needs its own attributes on it as well."""
-    name = trial.user_attrs.get(NAME_ATTR)
     # The combination is made anew: retries before it may have changed what is best.
-    params = {} if name == COMBINATION else trial.params
+    params = {} if _is_combination(trial) else trial.params
     grid = {key: trial.system_attrs[key] for key in _GRID_ATTRS if key in trial.system_attrs}
     kept = {
         key: trial.user_attrs[key]

@@ -32,6 +32,7 @@ def main(descriptor: int) -> None:
             from training.run import run_jobs  # torch and transformers take seconds to import
 
             run_jobs(_RemoteTrials(link), engine=engine, options=options)
+        sys.exit(1 if link.stop.is_set() else 0)
     except KeyboardInterrupt:
         sys.exit(1)
     except Exception as error:  # noqa: BLE001 - the runner raises it again

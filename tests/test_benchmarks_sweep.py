@@ -9,18 +9,18 @@ import pandas as pd
 import pytest
 import yaml
 
-from benchmarks import sweep
+from benchmarks import sweep, sweep_table
 from sweeps.spec import read_definition
 
 SCALE = {"max_steps": [4, 8], "learning_rate": [1e-3, 5e-3, 1e-2], "lora_r": [4], "eval_steps": 2}
-KEYS = [sweep.point_key(point) for point in sweep.points(SCALE)]
+KEYS = [sweep_table.point_key(point) for point in sweep_table.points(SCALE)]
 
 
-def result_of(way: str, losses: list[float], wall_clock_s: float) -> sweep.Result:
+def result_of(way: str, losses: list[float], wall_clock_s: float) -> sweep_table.Result:
     longest = KEYS[3:]
     result: dict[str, Any] = {
         "wall_clock_s": wall_clock_s,
-        "split_s": dict.fromkeys(sweep.SPLIT, wall_clock_s / 6),
+        "split_s": dict.fromkeys(sweep_table.SPLIT, wall_clock_s / 6),
         "trial_steps": 36,
         "tokens": 3600,
         "num_pruned": 0,
@@ -45,7 +45,7 @@ def write_winner(directory: Path, way: str, shift: float) -> None:
 
 
 @pytest.fixture
-def measured(tmp_path: Path) -> dict[str, sweep.Result]:
+def measured(tmp_path: Path) -> dict[str, sweep_table.Result]:
     """(a), and (c) that took a quarter of its time and chose the second best."""
     write_winner(tmp_path, "a", 0.0)
     write_winner(tmp_path, "c", 0.25)
@@ -53,7 +53,7 @@ def measured(tmp_path: Path) -> dict[str, sweep.Result]:
         "a": result_of("a", [3.0, 2.9, 2.8, 2.1, 2.2, 2.3], 400),
         "c": result_of("c", [3.0, 2.9, 2.8, 2.25, 2.2, 2.3], 100),
     }
-    sweep.compare(both, tmp_path)
+    sweep_table.compare(both, tmp_path)
     return both
 
 
@@ -64,32 +64,34 @@ def test_every_way_is_a_sweep_of_36_trials_that_can_be_run(tmp_path: Path, way: 
 
     definition = read_definition(path)
 
-    assert len(sweep.points(sweep.SCALES["cpu"])) == 36
-    assert set(definition.varied) == set(sweep.VARIED)
+    assert len(sweep_table.points(sweep.SCALES["cpu"])) == 36
+    assert set(definition.varied) == set(sweep_table.VARIED)
     assert definition.config.get("early_terminate", {}).get("strict", False) == (way == "d_strict")
 
 
 def test_regret_is_taken_from_the_table_of_the_exhaustive_way(
-    measured: dict[str, sweep.Result],
+    measured: dict[str, sweep_table.Result],
 ) -> None:
     assert measured["a"]["regret"] == 0
     assert measured["c"]["regret"] == pytest.approx(0.1)
 
 
-def test_winners_are_compared_example_by_example(measured: dict[str, sweep.Result]) -> None:
+def test_winners_are_compared_example_by_example(measured: dict[str, sweep_table.Result]) -> None:
     estimate, low, high = measured["c"]["difference"]
 
     assert estimate == pytest.approx(0.25) and 0 < low < 0.25 < high
 
 
 def test_rungs_are_ranked_against_the_end_of_the_longest_trials(
-    measured: dict[str, sweep.Result],
+    measured: dict[str, sweep_table.Result],
 ) -> None:
-    assert sweep.rank_correlations(measured) == pytest.approx({2: -0.5, 4: 0.5})
+    assert sweep_table.rank_correlations(measured) == pytest.approx({2: -0.5, 4: 0.5})
 
 
-def test_the_table_has_ratios_to_the_exhaustive_way(measured: dict[str, sweep.Result]) -> None:
-    text = sweep.table({"settings": SCALE, "seeds": {"1": measured}})
+def test_the_table_has_ratios_to_the_exhaustive_way(
+    measured: dict[str, sweep_table.Result],
+) -> None:
+    text = sweep_table.table({"settings": SCALE, "seeds": {"1": measured}})
 
     assert "| (c) and stage tree | 100 | 4.00× | 2.00× | 36 | 3,600 | 0.0 | 0.1000 |" in text
     assert "+0.2500 (" in text and "| 4 | 0.50 | 0.50 |" in text
@@ -100,7 +102,7 @@ def test_what_was_measured_is_not_measured_again(
 ) -> None:
     file, asked = tmp_path / "results" / "sweep.json", []
 
-    def measure(way: str, scale: dict[str, Any], seed: int, directory: Path) -> sweep.Result:
+    def measure(way: str, scale: dict[str, Any], seed: int, directory: Path) -> sweep_table.Result:
         asked.append((seed, way))
         return result_of(way, [3.0, 2.9, 2.8, 2.1, 2.2, 2.3], 100)
 
@@ -130,12 +132,12 @@ def test_all_ways_train_the_same_trials(tiny_settings: dict[str, Any], tmp_path:
     }
     file = tmp_path / "sweep.json"
 
-    text = sweep.run(scale, [1], list(sweep.WAYS), file, tmp_path / "work")
+    text = sweep.run(scale, [1], list(sweep_table.WAYS), file, tmp_path / "work")
 
     measured = json.loads(file.read_text())["seeds"]["1"]
-    assert all(f"| {title} |" in text for title in sweep.WAYS.values())
-    assert sweep.largest_difference(measured["b"], measured["a"]) < 1e-3
-    assert sweep.largest_difference(measured["c"], measured["b"]) < 1e-4
+    assert all(f"| {title} |" in text for title in sweep_table.WAYS.values())
+    assert sweep_table.largest_difference(measured["b"], measured["a"]) < 1e-3
+    assert sweep_table.largest_difference(measured["c"], measured["b"]) < 1e-4
     assert measured["a"]["tokens"] == measured["b"]["tokens"] > measured["c"]["tokens"]
     assert measured["a"]["trial_steps"] == measured["b"]["trial_steps"] == 36
     # All of the short trial's steps are its trunk's: its one step of cooldown has the full rate.

@@ -43,6 +43,7 @@ def start(root: Path, text: str, *options: str) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=True,
         # Several processes of several threads each would wait for one another on few cores.
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
@@ -118,7 +119,7 @@ def test_a_killed_worker_is_replaced_and_its_trials_go_on(
     assert "steps: 80 trained, 0 saved by stages" in stdout
 
 
-@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGKILL, signal.SIGINT])
 def test_workers_save_their_trials_when_their_runner_ends(
     tmp_path: Path, tiny_settings: dict[str, Any], sent: signal.Signals
 ) -> None:
@@ -130,10 +131,13 @@ def test_workers_save_their_trials_when_their_runner_ends(
     process = start(tmp_path, text)
     wait_until(lambda: paths.trial(0).metrics.is_file() and len(_lines(paths)) > 3)
     (worker,) = workers_of(process)
-    process.send_signal(sent)
+    if sent == signal.SIGINT:
+        os.killpg(process.pid, sent)  # as a terminal's Ctrl-C: to the workers, too
+    else:
+        process.send_signal(sent)
     process.communicate(timeout=60)
-    if sent == signal.SIGTERM:
-        assert process.returncode == 143
+    if sent != signal.SIGKILL:
+        assert process.returncode == 128 + sent
     wait_until(lambda: not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE)
     saved = read_json(paths.trial(0).state / "state.json")["step"]
     assert saved > 0

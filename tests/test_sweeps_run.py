@@ -193,6 +193,15 @@ def test_a_bayes_sweep_runs(run):
     assert len({trial.params["learning_rate"] for trial in record.trials}) == 12
 
 
+@pytest.mark.parametrize("optimizer", ["gp", "cmaes", "qmc"])
+def test_optunas_other_samplers_run_and_repeat_nothing(run, optimizer):
+    scheduler = f"scheduler: {{engine: optuna, source: sweeps/study.py, optimizer: {optimizer}}}"
+    text = RANDOM.replace("method: random", f"method: custom\n{scheduler}").replace("5", "14", 1)
+    record = run(text, slots=4)
+    assert len({trial.params["learning_rate"] for trial in record.trials}) == 14
+    assert all(1e-5 <= trial.params["learning_rate"] <= 1e-2 for trial in record.trials)
+
+
 def test_a_sweep_ends_once_a_trial_reaches_the_target(run):
     record = run(ONE_FACTOR.replace("goal: minimize", "target: 1.75"))
     assert [trial.name for trial in record.trials] == ["baseline", "centre"]

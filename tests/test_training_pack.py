@@ -172,6 +172,26 @@ def test_out_of_memory_shrinks_the_pack_and_loses_nothing(
         assert queue.result(number)["state"] == "complete"
 
 
+def test_a_trial_that_finds_no_memory_waits_for_a_slot(
+    make: Callable[..., TrialConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    admit = PackedEngine.admit
+
+    def limited(self: PackedEngine, *args: Any) -> Any:
+        if len(self.trials) == 2:
+            admit(self, *args)  # some of it was done when memory ran out
+            self.retire(self.trials[-1])
+            raise torch.OutOfMemoryError
+        return admit(self, *args)
+
+    monkeypatch.setattr(PackedEngine, "admit", limited)
+    queue = Queue(tmp_path, [make(seed=seed) for seed in range(3)])
+    with pytest.warns(RuntimeWarning, match="out of memory with 3 trials: going on with 2"):
+        queue.run(slots=3)
+    for number in range(3):
+        assert queue.result(number)["state"] == "complete"
+
+
 def test_one_trial_that_does_not_fit_says_what_to_change(
     make: Callable[..., TrialConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

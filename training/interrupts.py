@@ -4,8 +4,8 @@ The first signal sets an event, which training looks at between its steps; the s
 """
 
 import contextlib
+import os
 import signal
-import sys
 import threading
 from collections.abc import Iterator
 from types import FrameType
@@ -25,7 +25,7 @@ def stops_gently(stop: threading.Event, *, quiet: bool = False) -> Iterator[None
 
     Args:
         stop: looked at by what is running.
-        quiet: prints nothing.
+        quiet: for a worker: prints nothing, and further signals do not interrupt what it saves.
     """
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread may receive signals
@@ -35,10 +35,12 @@ def stops_gently(stop: threading.Event, *, quiet: bool = False) -> Iterator[None
     def receive(number: int, frame: FrameType | None) -> None:
         received.append(number)
         if stop.is_set():
+            if quiet:
+                return  # a terminal's Ctrl-C has reached runner and worker; the runner's own comes next
             raise KeyboardInterrupt
         stop.set()
-        if not quiet:
-            print("\nsaving the trials in flight; once more to end at once", file=sys.stderr)
+        if not quiet:  # not print: a signal may come in the middle of one
+            os.write(2, b"\nsaving the trials in flight; once more to end at once\n")
 
     before = {number: signal.signal(number, receive) for number in _SIGNALS}
     try:

@@ -15,6 +15,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import pandas as pd
 import torch
@@ -25,7 +26,7 @@ from training.engine import ENGINE, PackedEngine
 from training.evaluate import mean_loss
 from training.exceptions import ModelError
 from training.job import Job, JobOptions, Trials
-from training.paths import write_json
+from training.paths import recover_directory, write_json
 from training.planner import check_slots, describe_plan, plan_slots
 from training.prepared import Prepared, model_key, prepare
 from training.progress import Display
@@ -52,6 +53,13 @@ def run_pack(trials: Trials, options: JobOptions) -> None:
             pack.run()
         finally:
             pack.close()
+
+
+class _TrialsError(Exception):
+    """What the queue has raised, and no trial."""
+
+    def __init__(self, error: Exception):
+        self.error = error
 
 
 @dataclass(kw_only=True)
@@ -114,7 +122,8 @@ class _Pack:
             if job is None:
                 return
             try:
-                self._admit(job)
+                if not self._admit(job):
+                    return
             except Exception as error:
                 if is_disk_full(error):
                     raise
@@ -134,7 +143,8 @@ class _Pack:
             return None
         return job
 
-    def _admit(self, job: Job) -> None:
+    def _admit(self, job: Job) -> bool:
+        """Whether the trial has its slot; if not, memory has none, and it waits."""
         state = job.state or _saved(job)
         if state is None:
             shutil.rmtree(job.paths.root, ignore_errors=True)  # what a killed process had begun
@@ -162,11 +172,17 @@ class _Pack:
             if trial is not None:
                 with contextlib.suppress(ValueError):  # it may not have come as far as that
                     self.engine.retire(trial)  # pyright: ignore[reportOptionalMemberAccess]
+            if isinstance(error, torch.OutOfMemoryError) and self.slots:
+                self._give_up_slot(job, len(self.slots) + 1)
+                if tracker is not None:
+                    tracker.finish({"state": "interrupted"})
+                return False
             end_with_fault(error, job.paths, tracker)
             raise
         self.slots.append(
             _Slot(job=job, prepared=prepared, trial=trial, recorder=recorder, tracker=tracker)
         )
+        return True
 
     def _engine(self, prepared: Prepared, config: TrialConfig) -> PackedEngine:
         if self.engine is not None and self.model_key != prepared.model_key:
@@ -249,7 +265,7 @@ class _Pack:
         if is_due:
             save_state(capture(trial, recorder.record()), job.paths.state)
             assert recorder.last_loss is not None
-            reason = self.trials.evaluated(job, trial.step, recorder.last_loss)
+            reason = self._ask(self.trials.evaluated, job, trial.step, recorder.last_loss)
             if reason is not None:
                 if any(step > trial.step for step in job.branches):
                     self._store(slot)  # for those that wait for more of it
@@ -257,7 +273,7 @@ class _Pack:
 
     def _begin(self, slot: _Slot) -> None:
         """What has to be done before a trial's next step."""
-        reason = self.trials.began(slot.job, slot.trial.step)
+        reason = self._ask(self.trials.began, slot.job, slot.trial.step)
         if reason is not None:
             self._end(slot, "pruned", reason)
         elif slot.trial.step:
@@ -270,7 +286,7 @@ class _Pack:
         if job.stages is not None:
             state = capture(slot.trial, slot.recorder.record())
             save_stage(state, job.config, slot.prepared.content, job.paths, job.stages)
-            self.trials.stored(job, state.step)
+            self._ask(self.trials.stored, job, state.step)
 
     def _evaluate(self, slot: _Slot) -> bool:
         """Whether the validation loss is finite; if not, the trial has ended."""
@@ -294,10 +310,19 @@ class _Pack:
         slot.tracker.finish(result)
         self.trials.done(slot.job, result)
 
+    def _ask(self, question: Callable[..., Any], *args: Any) -> Any:
+        """What goes wrong in the answer is no fault of the trial's."""
+        try:
+            return question(*args)
+        except Exception as error:
+            raise _TrialsError(error) from error
+
     def _guard(self, slot: _Slot, work: Callable[[], None]) -> None:
         """A fault that is one trial's own ends that trial, and its pack-mates go on."""
         try:
             work()
+        except _TrialsError as wrapped:
+            raise wrapped.error from None
         except Exception as error:
             if slot not in self.slots or is_disk_full(error):
                 raise  # it came from `trials`, or every trial would meet it
@@ -327,20 +352,26 @@ class _Pack:
             fault.__cause__ = error
             self._fail(youngest, fault)
             return
-        self.num_slots = len(self.slots) - 1
+        job = youngest.job
+        job.state = capture(youngest.trial, youngest.recorder.record())
+        save_state(job.state, job.paths.state)  # it may wait for long
+        self._give_up_slot(job, len(self.slots))
+        self._leave(youngest)
+        youngest.tracker.finish({"state": "interrupted"})
+
+    def _give_up_slot(self, job: Job, num: int) -> None:
+        """The pack of `num` trials goes on with one fewer; this one waits until another has ended."""
+        self.num_slots = num - 1
         warnings.warn(
-            f"out of memory with {len(self.slots)} trials: going on with {self.num_slots}",
+            f"out of memory with {num} trials: going on with {self.num_slots}",
             RuntimeWarning,
             stacklevel=2,
         )
-        job = youngest.job
-        job.state = capture(youngest.trial, youngest.recorder.record())
-        self._leave(youngest)
-        youngest.tracker.finish({"state": "interrupted"})
         self.waiting.appendleft(job)
 
 
 def _saved(job: Job) -> SavedState | None:
     """The state that an earlier process left, if it is of these settings."""
+    recover_directory(job.paths.state)
     state = load_state(job.paths.state)
     return state if state is not None and state.settings == job.config.to_dict() else None

@@ -226,6 +226,15 @@ def write_directory(path: Path, write: Callable[[Path], None]) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def recover_directory(path: Path) -> None:
+    """Puts in order what `write_directory` leaves behind when it is killed: the old version, drafts."""
+    old = path.with_name(f".{path.name}.old")
+    if old.is_dir() and not path.exists():
+        os.replace(old, path)
+    for draft in path.parent.glob(f".{path.name}.*"):
+        shutil.rmtree(draft, ignore_errors=True)
+
+
 def read_json(path: Path) -> Any:
     return json.loads(path.read_text("utf-8"))
 

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import shutil
+import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -102,13 +103,26 @@ def fork_trial(
         if name not in stored:
             continue
         state = load_state(stages / name / _STATE)
-        if state is None:
+        if state is None or not _takes_over(TrialPaths(stages / name), paths, step):
+            shutil.rmtree(stages / name)  # or nobody would store a whole one in its place
             continue
-        _copy_measured(TrialPaths(stages / name), paths, step)
         origin = {"stage": name, "step": step, "trial": stored[name].trial}
         record = {**state.record, "forked_from": origin, "steps_saved": step}
         return SavedState(step, config.to_dict(), state.layout, state.tensors, record)
     return None
+
+
+def _takes_over(source: TrialPaths, target: TrialPaths, step: int) -> bool:
+    """Copies what was measured; False, with a warning, if it is damaged."""
+    try:
+        _copy_measured(source, target, step)
+    except (FileNotFoundError, ValueError, KeyError) as error:
+        warnings.warn(f"{source.root}: is not used: {error}", RuntimeWarning, stacklevel=3)
+        for path in (target.evaluations, target.adapter):
+            shutil.rmtree(path, ignore_errors=True)
+        target.metrics.unlink(missing_ok=True)
+        return False
+    return True
 
 
 def list_stages(stages: Path) -> list[tuple[Path, Stage]]:
