@@ -1,6 +1,6 @@
 """Orders of a sweep's trials, compared in virtual time (`benchmarks.simulation`).
 
-    python -m benchmarks.scheduling     the table of docs/scheduling.md, about 30 s
+python -m benchmarks.scheduling     the table of docs/scheduling.md, about 30 s
 """
 
 import argparse

@@ -221,7 +221,7 @@ def measure_scripts(way: str, scale: dict[str, Any], seed: int, directory: Path)
     shutil.copy(directory / way / f"{number:02d}" / "losses.parquet", winner_file(directory, way))
     wall_clock_s = sum(trial["wall_clock_s"] for trial in trials)
     split = {name: sum(trial.get(name, 0) for trial in trials) for name in SPLIT}
-    split["rest_s"] = wall_clock_s - sum(split.values())
+    split["work_s"] = wall_clock_s - sum(split.values())
     beginnings = split["start_s"] + split["load_s"]
     return {
         "wall_clock_s": round(wall_clock_s, 1),
@@ -399,16 +399,14 @@ def read_result(record: Any, started: float, ended: float) -> Result:
 
     trials = record.trials
     own = [_own_work(trial) for trial in trials]
-    steps, tokens, evaluations_s, train_time_s, last = map(list, zip(*own, strict=True))
+    steps, tokens, last = map(list, zip(*own, strict=True))
     firsts = [line["time"] for trial in trials for line in trial.metrics()[:1]]
     split = {
         "start_s": min(trial.paths.config.stat().st_mtime for trial in trials) - started,
         "load_s": min(firsts) - min(trial.paths.config.stat().st_mtime for trial in trials),
-        "steps_s": sum(train_time_s) - sum(evaluations_s),
-        "evaluations_s": sum(evaluations_s),
         "end_s": ended - max(last),
     }
-    split["rest_s"] = ended - started - sum(split.values())
+    split["work_s"] = ended - started - sum(split.values())
     longest = max(trial.settings["max_steps"] for trial in trials)
     rungs: dict[str, dict[str, float]] = {}
     for trial in trials:
@@ -441,25 +439,16 @@ def read_result(record: Any, started: float, ended: float) -> Result:
     }
 
 
-def _own_work(trial: Any) -> tuple[int, int, float, float, float]:
-    """Steps, tokens, seconds of evaluations and of both, and the last line's time, without its stage's."""
+def _own_work(trial: Any) -> tuple[int, int, float]:
+    """Steps and tokens without its stage's, and the time of the last line."""
     from training.paths import SweepPaths, read_json
 
-    result, lines = trial.result, trial.metrics()
-    tokens, train_time_s, first = result["tokens"], result["train_time_s"], 0
+    result, tokens = trial.result, trial.result["tokens"]
     if result["forked_from"]:
         stage = SweepPaths(trial.paths.root.parents[1]).stages / result["forked_from"]["stage"]
-        taken = read_json(stage / "state" / "state.json")["record"]
-        tokens, train_time_s = tokens - taken["tokens"], train_time_s - taken["train_time_s"]
-        first = result["forked_from"]["step"]
-    stepped = {line["step"]: line["time"] for line in lines if "train/loss" in line}
-    evaluations_s = sum(
-        line["time"] - stepped[line["step"]]
-        for line in lines
-        if "eval/loss" in line and line["step"] > first
-    )
+        tokens -= read_json(stage / "state" / "state.json")["record"]["tokens"]
     num_steps = result["num_steps"] - result["steps_saved"]
-    return num_steps, tokens, evaluations_s, train_time_s, lines[-1]["time"]
+    return num_steps, tokens, trial.metrics()[-1]["time"]
 
 
 if __name__ == "__main__":

@@ -18,9 +18,7 @@ WAYS = {
 SPLIT = {
     "start_s": "start, imports",
     "load_s": "model, data",
-    "steps_s": "training steps",
-    "evaluations_s": "evaluations",
-    "rest_s": "the rest between",
+    "work_s": "steps and evaluations",
     "end_s": "end",
 }
 
@@ -83,10 +81,9 @@ def rank_correlations(measured: dict[str, Result]) -> dict[int, float]:
 
 
 def describe(result: Result) -> str:
-    split = ", ".join(f"{SPLIT[name]} {value:.0f}" for name, value in result["split_s"].items())
     regret = f", regret {result['regret']:.4f}" if "regret" in result else ""
     return (
-        f"{result['wall_clock_s']:.0f} s ({split}); {result['trial_steps']} trial-steps, "
+        f"{result['wall_clock_s']:.0f} s; {result['trial_steps']} trial-steps, "
         f"{result['num_pruned']} pruned; winner {result['winner']}, loss "
         f"{result['winner_loss']:.4f}{regret}"
     )
@@ -159,6 +156,7 @@ def _seed_table(seeds: dict[str, dict[str, Result]]) -> list[str]:
 
 
 def _split_table(seeds: dict[str, dict[str, Result]]) -> list[str]:
+    """Steps and evaluations are one column: in a pack they are of several trials at once."""
     lines = [
         "Where the seconds go, means over seeds; of (a) the sums of its processes. What `sweeps.run` does "
         "before it loads the model is start; the base model's own evaluation is in model, data.",
