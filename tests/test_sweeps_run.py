@@ -272,6 +272,17 @@ def test_a_failed_combination_is_made_anew(quick_trial, run):
     assert len(record.trials) == 7
 
 
+def test_a_failed_combination_waits_for_the_other_failed_ones(quick_trial, run):
+    quick_trial.errors = {"max_steps=3": ValueError("a"), "combination": ValueError("b")}
+    text = ONE_FACTOR + "  lora_alpha: {values: [32, 16]}\n"
+    run(text, slots=2)
+    quick_trial.errors.clear()
+    record = run(text, slots=2)  # the second slot is not for the combination yet
+    assert record.trials[-1].name == "combination"
+    assert record.trials[-1].params == {"max_steps": 3, "lora_r": 16, "lora_alpha": 32}
+    assert [trial.state for trial in record.trials] == ["complete"] * 7
+
+
 @pytest.mark.parametrize("failed", [0, 3, 5])
 def test_a_grid_with_a_failed_trial_is_completed_by_the_next_start(quick_trial, run, failed):
     quick_trial.errors[failed] = ValueError("bad luck")

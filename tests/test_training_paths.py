@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from safetensors import SafetensorError
 
-from training.paths import write_atomic, write_directory
+from training.paths import recover_directory, write_atomic, write_directory, write_text
 
 WRITERS = [write_atomic, write_directory]
 
@@ -65,3 +65,14 @@ def test_any_other_error_of_safetensors_stays_what_it_is(
 
     with pytest.raises(SafetensorError):
         write(tmp_path / "x", refuse)
+
+
+def test_a_directory_whose_replacement_was_killed_is_the_old_one_again(tmp_path: Path) -> None:
+    path = tmp_path / "state"
+    write_text(
+        tmp_path / ".state.old" / "file", "old"
+    )  # moved away, the new one not yet in its place
+    write_text(tmp_path / ".state.0123abcd" / "file", "draft")
+    recover_directory(path)
+    assert (path / "file").read_text() == "old"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["state"]

@@ -190,7 +190,7 @@ def test_a_killed_forked_trial_goes_on_as_a_forked_one(make: Make, tmp_path: Pat
     assert_equal_trials(last, alone, 1)
 
 
-@pytest.mark.parametrize("damage", ["torn", "version", "facts"])
+@pytest.mark.parametrize("damage", ["torn", "version", "facts", "metrics"])
 def test_a_stage_that_cannot_be_used_is_not(make: Make, tmp_path: Path, damage: str) -> None:
     configs = [make(max_steps=10), make(max_steps=5)]
     queue = Queue(tmp_path, configs[:1], [(4,)]).run()
@@ -202,6 +202,8 @@ def test_a_stage_that_cannot_be_used_is_not(make: Make, tmp_path: Path, damage: 
     elif damage == "version":
         file = path / "state" / "state.json"
         file.write_text(file.read_text().replace('"version": 2', '"version": 1'))
+    elif damage == "metrics":
+        (path / "metrics.jsonl").unlink()
     else:
         (path / "stage.json").write_text("{")
     again = Queue(tmp_path, configs, [(4,), (4,)])
@@ -213,6 +215,10 @@ def test_a_stage_that_cannot_be_used_is_not(make: Make, tmp_path: Path, damage: 
             again.run()
     assert again.result(1)["forked_from"] is None
     assert again.result(1)["num_steps"] == 5
+    last = Queue(tmp_path, [*configs, make(max_steps=8)], [(4,), (4,), (4,)])
+    last.left = [last.jobs[2]]
+    last.run()  # a whole one stands in its place
+    assert last.result(2)["forked_from"]["trial"] == "0001"
 
 
 CHANGES: dict[str, Any] = {
