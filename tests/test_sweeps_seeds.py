@@ -81,6 +81,15 @@ def test_the_sampler_is_told_the_mean_once_all_seeds_have_ended(root: Path, stop
     assert seeds == {42: 4, 43: 4, 44: 4}
 
 
+def test_further_seeds_do_not_count_as_trials(root: Path) -> None:
+    case = Case(method="random", max_steps=(4,), rates=(1e-4, 2e-4, 3e-4, 4e-4), run_cap=4, slots=1)
+    queue = start(root, case, num_seeds=2)
+    Simulation(queue=queue, slots=1).run()
+    assert [trial.user_attrs.get(SEED_OF_ATTR) for trial in queue.study.trials] == [
+        None, 0, None, 2, None, 4, None, 6,
+    ]  # fmt: skip
+
+
 def test_a_sweep_killed_while_it_queues_seeds_queues_the_rest(root: Path) -> None:
     queue = start(root, ONE_POINT, num_seeds=3)
     job = queue.next_job()
@@ -93,26 +102,30 @@ def test_a_sweep_killed_while_it_queues_seeds_queues_the_rest(root: Path) -> Non
     assert [t.config.seed for t in read_sweep(root / "runs").finished] == [42, 43, 44]
 
 
-def test_a_seed_that_fails_leaves_the_mean_of_the_others_and_is_tried_again(root: Path) -> None:
+@pytest.mark.parametrize("failing", [1, 2])
+def test_a_seed_that_fails_leaves_the_mean_of_the_others_and_is_tried_again(
+    root: Path, failing: int
+) -> None:
     queue = start(root, ONE_POINT, num_seeds=3)
-    for outcome in (2.0, ValueError("out of luck"), 3.0):
+    losses = iter([2.0, 3.0])
+    for number in range(3):
         job = queue.next_job()
         assert job is not None
-        if not isinstance(outcome, Exception):
-            queue.done(job, end(job, outcome))
+        if number != failing:
+            queue.done(job, end(job, next(losses)))
             continue
         write(job.paths.config, {"settings": job.config.to_dict(), **(job.info or {})})
         write(job.paths.result, {"state": "failed"})
-        queue.done(job, outcome)
+        queue.done(job, ValueError("out of luck"))
     values = [(trial.state, trial.value) for trial in queue.study.trials]
-    complete = (TrialState.COMPLETE, 2.5)
-    assert values == [complete, (TrialState.FAIL, None), complete]
+    assert values.pop(failing) == (TrialState.FAIL, None)
+    assert values == [(TrialState.COMPLETE, 2.5)] * 2
     queue = start(root, ONE_POINT, num_seeds=3)
     Simulation(queue=queue).run()
     again = read_sweep(root / "runs").trial(3)
-    assert (again.retry_of, again.seed_of, again.config.seed) == (1, 0, 43)
-    assert [trial.state for trial in queue.study.trials[2:]] == [TrialState.COMPLETE] * 2
-    assert len(queue.study.trials) == 4
+    assert (again.retry_of, again.seed_of, again.config.seed) == (failing, 0, 42 + failing)
+    states = Counter(trial.state for trial in queue.study.trials)
+    assert states == {TrialState.COMPLETE: 3, TrialState.FAIL: 1}
 
 
 def write_examples(root: Path) -> None:

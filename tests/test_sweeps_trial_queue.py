@@ -42,6 +42,7 @@ from benchmarks.simulation import (
     make_queue,
     on_idle_device,
     study_in_memory,
+    write,
 )
 from sweeps.ledger import METRIC, read_sweep
 from sweeps.stages import planned_steps
@@ -92,6 +93,7 @@ def test_no_step_is_trained_twice_whatever_is_pruned(case: Case) -> None:
 @given(cases(deaths=deaths))
 @example(BAYES_OF_ONE_FAMILY)
 @example(replace(BAYES_OF_ONE_FAMILY, max_steps=(7, 9, 6, 5), slots=2, deaths=((0, 0), (0.53, 1))))
+@example(Case(method="random", deaths=((0.7, 1),)))  # the next start knows what has been trained
 def test_after_a_death_only_the_steps_since_the_last_saved_one_are_trained_again(
     case: Case,
 ) -> None:
@@ -158,8 +160,11 @@ def test_a_slot_is_not_free_because_many_that_wait_were_asked_for_first(tmp_path
     simulate(tmp_path / "x", case, watch=check_no_slot_is_wasted)
 
 
-def test_a_trial_that_has_passed_a_missing_stage_keeps_nobody_waiting(tmp_path: Path) -> None:
-    case = Case(max_steps=(6, 60), schedules=("constant",), eval_steps=10)
+@pytest.mark.parametrize("branch", [6, 20])
+def test_a_trial_that_has_passed_a_missing_stage_keeps_nobody_waiting(
+    tmp_path: Path, branch: int
+) -> None:
+    case = Case(max_steps=(branch, 60), schedules=("constant",), eval_steps=10)
     definition = define(tmp_path, case.text)
     study, disk = study_in_memory(definition), Disk()
     # The longer one is to be the one in flight, as it may be where a sampler or a retry makes the order.
@@ -272,6 +277,34 @@ def test_a_trial_whose_worker_dies_before_it_tells_the_end_is_not_trained_again(
     first = read_sweep(tmp_path / "runs").trial(0)
     assert queue.study.trials[0].value == first.loss == 2.5 and "same_as" not in first.result
     assert queue.num_saved == 0
+
+
+def test_trials_of_a_dead_worker_that_share_nothing_keep_their_order(tmp_path: Path) -> None:
+    definition = define(tmp_path, Case(schedules=("linear",), max_steps=(20, 6, 12)).text)
+    queue = make_queue(definition, tmp_path / "runs")
+    jobs = [queue.next_job() for _ in range(3)]
+    assert [job.config.max_steps for job in jobs if job] != [6, 12, 20]
+    for job in reversed(jobs):
+        assert job is not None
+        queue.requeue(job)
+    assert [queue.next_job() for _ in range(3)] == jobs
+
+
+def test_a_copy_is_not_copied_again(tmp_path: Path) -> None:
+    case = Case(method="random", max_steps=(6,), run_cap=3)
+    definition = define(tmp_path, case.text)
+    study = study_in_memory(definition)
+    queue = make_queue(definition, tmp_path / "runs", study=study)
+    first = queue.next_job()
+    assert first is not None
+    queue.study.ask()  # of the same settings, and trained by an earlier start
+    second = replace(first, paths=queue.paths.trial(1), info={**(first.info or {}), "number": 1})
+    end(second, 2.5)
+    write(first.paths.result, {**end(first, 2.5), "same_as": 1, "steps_saved": 6})
+    queue = make_queue(definition, tmp_path / "runs", study=study)
+    queue.resume()
+    assert queue.next_job() is None
+    assert read_sweep(tmp_path / "runs").trial(2).result["same_as"] == 1
 
 
 def test_followers_of_a_trial_that_fails_begin_at_once(tmp_path: Path) -> None:

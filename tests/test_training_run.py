@@ -70,7 +70,7 @@ def test_ctrl_c_leaves_an_unfinished_trial_that_the_same_command_trains(
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert stderr.strip() == "interrupted; the same command continues"
+    assert stderr.strip().splitlines()[-1] == "interrupted; the same command continues"
     assert paths.config.is_file()
     assert not paths.result.exists()
 

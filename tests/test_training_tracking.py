@@ -1,5 +1,6 @@
 import json
 import struct
+import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,14 @@ from training.config import TrialConfig
 from training.paths import TrialPaths
 from training.run import run_trial
 from training.tracking import NullTracker, make_tracker
+
+
+def read_ended_run(directory: Path) -> dict[str, Any]:
+    """The run, once W&B's own process has written its end: under load that is after `finish`."""
+    deadline = time.monotonic() + 60
+    while (run := read_run(directory))["exit"] is None and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return run
 
 
 def read_run(directory: Path) -> dict[str, Any]:
@@ -62,7 +71,7 @@ def tracked(
     config = TrialConfig.from_dict({**tiny_settings, "max_steps": 4, "eval_steps": 2})
     info = {"number": 0, "name": "baseline", "params": {}, "retry_of": None}
     result = run_trial(config, paths, info=info, group="my-sweep", project="my-project")
-    return paths, result, read_run(paths.root)
+    return paths, result, read_ended_run(paths.root)
 
 
 def test_a_run_without_a_key_is_kept_offline_with_every_setting(
