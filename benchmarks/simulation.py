@@ -199,8 +199,8 @@ class Disk:
         trial.job.paths.state.mkdir(exist_ok=True)
 
     def forget(self, trial: SimulatedTrial) -> None:
-        self.states.pop(trial.number, None)
-        shutil.rmtree(trial.job.paths.state, ignore_errors=True)
+        if self.states.pop(trial.number, None) is not None:
+            shutil.rmtree(trial.job.paths.state)
 
     def store(self, trial: SimulatedTrial) -> None:
         config, stages = trial.job.config, trial.job.stages
@@ -217,9 +217,7 @@ class Disk:
             forked_from=origin,
             steps_saved=trial.step,
         )
-        stage = Stage(
-            step=trial.step, prefix=prefix, trial=origin["trial"], settings=config.to_dict()
-        )
+        stage = Stage(step=trial.step, prefix=prefix, trial=origin["trial"], settings=vars(config))
         write(stages / name / "stage.json", asdict(stage))
 
     def fork(self, config: TrialConfig) -> Snapshot | None:
@@ -348,9 +346,10 @@ class Simulation:
             shutil.rmtree(job.paths.root, ignore_errors=True)
             if job.stages is not None:
                 snapshot = self.disk.fork(job.config)
-        write(job.paths.config, {"settings": job.config.to_dict(), "engine": "none", **job.info})
+        write(job.paths.config, {"settings": vars(job.config), "engine": "none", **job.info})
         trial = SimulatedTrial.at(snapshot or Snapshot(), job, self.landscape)
-        self._write_metrics(trial)
+        if snapshot is not None:
+            self._write_metrics(trial)  # the queue reads what came before
         return trial
 
     def _begin(self, worker: Worker, trial: SimulatedTrial) -> None:

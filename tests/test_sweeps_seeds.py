@@ -185,6 +185,21 @@ def test_a_final_round_that_is_killed_goes_on_with_the_same_trials(root: Path, s
     assert sorted(seeds.values()) == [2, 2, 4]
 
 
+def test_a_better_trial_joins_the_final_round_when_it_is_over(root: Path) -> None:
+    queue = start(root, FINAL)
+    Simulation(queue=queue).run()
+    write_examples(root)
+    assert queue_final_round(queue, 2) == 4
+    leaders = queue.study.user_attrs["final_round"]
+    others = [trial for trial in read_sweep(root / "runs").trials if trial.number not in leaders]
+    write(others[0].paths.result, {**others[0].result, "eval/loss": 0.5})
+    write_examples(root)
+    assert queue_final_round(queue, 2) == 4
+    Simulation(queue=queue).run()
+    assert queue_final_round(queue, 2) == 2
+    assert queue.study.user_attrs["final_round"] == [*leaders, others[0].number]
+
+
 def test_a_final_round_without_a_finished_trial_has_nobody(root: Path) -> None:
     queue = start(root, FINAL)
     assert queue_final_round(queue, 2) == 0

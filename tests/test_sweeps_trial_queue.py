@@ -51,7 +51,7 @@ from sweeps.trial_queue import MOST_BLOCKED, WINDOW, TrialQueue
 from training.job import Job, JobOptions, Outcome
 from training.pack import run_pack
 
-CASES = settings(max_examples=20, deadline=None)
+CASES = settings(max_examples=15, deadline=None)
 
 
 # No step twice
