@@ -70,7 +70,7 @@ def save_stage(
         stages: the directory of all stages.
     """
     directory = stages / stage_name(config, state.step, content)
-    if (directory / _FACTS).is_file():
+    if directory in dict(list_stages(stages)):
         return directory
     stage = Stage(
         step=state.step,
