@@ -4,7 +4,7 @@
     python -m sweeps.stages runs/quickstart --delete   frees their space; trials and results stay
 
 `branch_points` says after which steps of a trial another trial of the search space may part from it: there,
-and nowhere else, a stage is stored (`training.stage`). `Sharing` knows which trials in flight are about to
+and nowhere else, a stage is stored (`training.fork`). `Sharing` knows which trials in flight are about to
 store a stage that others wait for.
 """
 

@@ -542,6 +542,13 @@ def test_help_shows_every_option_with_its_default():
         assert text in done.stdout
 
 
+def test_what_decides_does_not_load_what_trains():
+    """--help, a mistake's message and the runner beside its workers: none of them needs torch."""
+    code = "import sys, sweeps.run, sweeps.stages; sys.exit('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], timeout=60, check=False)
+    assert done.returncode == 0
+
+
 def real_sweep(tiny_settings):
     """One factor moved at a time, five trials of seconds, with the tiny model."""
     varied = {"max_steps": [2, 40], "lora_r": [2, 4, 8]}

@@ -12,12 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from training.config import TrialConfig
+from training.fork import stage_name
 from training.job import Job, JobOptions, Outcome, Trials
 from training.pack import run_pack
 from training.paths import TrialPaths, read_json
 from training.prepared import prepare
 from training.schedules import is_cooling_down, learning_rate, shared_steps
-from training.stage import list_stages, stage_name
+from training.stage import list_stages
 
 SCHEDULES = ["linear", "cosine", "constant", "constant_with_warmup", "warmup_stable_decay"]
 

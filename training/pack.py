@@ -25,13 +25,13 @@ from training.config import TrialConfig
 from training.engine import ENGINE, PackedEngine
 from training.evaluate import mean_loss
 from training.exceptions import ModelError
+from training.fork import fork_trial, save_stage
 from training.job import Job, JobOptions, Trials
 from training.paths import recover_directory, write_json
 from training.planner import check_slots, describe_plan, plan_slots
 from training.prepared import Prepared, model_key, prepare
 from training.progress import Display
 from training.recorder import TrialRecorder, begin_trial, end_with_fault, is_disk_full
-from training.stage import fork_trial, save_stage
 from training.tracking import Tracker
 from training.trial import StepResult, TrialState
 
@@ -277,9 +277,8 @@ class _Pack:
         if reason is not None:
             self._end(slot, "pruned", reason)
         elif slot.trial.step:
-            self._after_step(
-                slot
-            )  # what its process was stopped before, or all its steps are a stage's
+            # What its process was stopped before; or all of its steps are a stage's.
+            self._after_step(slot)
 
     def _store(self, slot: _Slot) -> None:
         job = slot.job
