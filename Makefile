@@ -46,9 +46,9 @@ check: setup ## format, lint, types, import rules, tests
 	.venv/bin/lint-imports
 	$(PYTHON) -m pytest
 
-bench: setup ## every benchmark in benchmarks/; what benchmarks.sweep has measured is not measured again
+bench: setup ## the benchmarks of minutes in benchmarks/; benchmarks.sweep takes hours and is a command of its own
 	@found=; for file in benchmarks/[a-z]*.py; do \
-		grep -qs __main__ "$$file" || continue; found=yes; echo "==> $$file"; \
+		[ "$$file" != benchmarks/sweep.py ] && grep -qs __main__ "$$file" || continue; found=yes; echo "==> $$file"; \
 		$(PYTHON) -m "benchmarks.$$(basename "$$file" .py)" || exit $$?; \
 	done; [ -n "$$found" ] || echo "benchmarks/ holds none yet"
 

@@ -60,6 +60,25 @@ class TrialRecord:
         return pd.read_parquet(self.paths.eval_losses(step))
 
 
+@dataclass
+class StepCount:
+    """What became of the steps of a sweep's trials."""
+
+    trained: int = 0
+    saved: int = 0
+    """Taken from a stage, or from a trial with the same settings."""
+    pruned: int = 0
+    """Of pruned trials, those that they were not trained for."""
+
+    def add(self, result: dict[str, Any], max_steps: int) -> None:
+        """Counts a trial that has ended; `result` is its result.json."""
+        num_steps, saved = result.get("num_steps") or 0, result.get("steps_saved") or 0
+        self.trained += num_steps - saved
+        self.saved += saved
+        if result.get("state") == "pruned":
+            self.pruned += max_steps - num_steps
+
+
 @dataclass(frozen=True)
 class SweepRecord:
     """One sweep directory."""

@@ -13,6 +13,13 @@ from collections.abc import Mapping
 from fractions import Fraction
 from typing import Any
 
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+)
+
 from training.config import TrialConfig
 from training.exceptions import ConfigError, nearest
 
@@ -27,6 +34,18 @@ _RANGE_KEYS = {
     "q_log_uniform_values": {"min", "max", "q"},
 }
 _LIST_DISTRIBUTIONS = {"categorical": "values", "constant": "value"}
+
+
+def listed_values(distribution: BaseDistribution) -> list[Any]:
+    """Every value of a list, or of a range with a step, in order; empty for a continuous range."""
+    if isinstance(distribution, CategoricalDistribution):
+        return list(distribution.choices)
+    if isinstance(distribution, IntDistribution):
+        return list(range(distribution.low, distribution.high + 1, distribution.step))
+    if isinstance(distribution, FloatDistribution) and distribution.step:
+        count = round((distribution.high - distribution.low) / distribution.step) + 1
+        return [distribution.low + index * distribution.step for index in range(count)]
+    return []
 
 
 def check_parameters(block: Any, where: str, *, grid: bool) -> dict[str, dict[str, Any]]:

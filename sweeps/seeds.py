@@ -13,11 +13,14 @@ _LEADERS_ATTR = "final_round"
 
 
 def queue_final_round(queue: TrialQueue, num_seeds: int) -> int:
-    """Queues the leaders with fresh seeds; how many trials that are, those of an earlier start not counted.
+    """Queues the leaders with fresh seeds.
 
     Args:
         queue: whose other trials have ended.
         num_seeds: fresh seeds for each leader.
+
+    Returns:
+        How many trials are to be trained now, unfinished ones of an earlier start among them.
     """
     record = read_sweep(queue.paths.root)
     if not any(trial.loss is not None for trial in record.finished):

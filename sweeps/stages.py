@@ -10,21 +10,17 @@ store a stage that others wait for.
 
 import itertools
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from optuna.distributions import (
-    BaseDistribution,
-    CategoricalDistribution,
-    FloatDistribution,
-    IntDistribution,
-)
+from optuna.distributions import BaseDistribution
 from rich import box
 from rich.table import Table
 
 from sweeps.directory import locked
 from sweeps.ledger import read_sweep
+from sweeps.parameters import listed_values
 from sweeps.terminal import make_console
 from training.cli import make_parser, parse, run_command
 from training.config import TrialConfig
@@ -47,18 +43,18 @@ def branch_points(space: dict[str, BaseDistribution], config: TrialConfig) -> tu
         space: distributions of the varied settings; where one varies continuously, nothing is shared.
         config: the trial.
     """
-    if not all(_values(distribution) for distribution in space.values()):
+    values = {name: listed_values(distribution) for name, distribution in space.items()}
+    if not all(values.values()):
         return ()  # no two trials have the same value of what varies continuously
     choices = {
-        name: _values(space[name])
+        name: values[name]
         for name in SCHEDULE_SETTINGS
         if name in space and name != "learning_rate"  # another peak is another rate from the start
     }
-    choices = {name: values for name, values in choices.items() if values}
     points = set()
     alternatives = itertools.product(*choices.values())
-    for values in itertools.islice(alternatives, _MOST_ALTERNATIVES):
-        other = replace(config, **dict(zip(choices, values, strict=True)))
+    for point in itertools.islice(alternatives, _MOST_ALTERNATIVES):
+        other = replace(config, **dict(zip(choices, point, strict=True)))
         steps = shared_steps(config, other)
         if steps >= LEAST_STEPS and other != config:
             points.add(steps)
@@ -74,23 +70,11 @@ def planned_steps(
     """Steps that all of these trials need when each shared one is trained once."""
     total, seen = 0, set[str]()
     for config in sorted(configs, key=lambda config: -config.max_steps):
-        points = branch_points(space, config) if shares_stages else ()
-        prefixes = {prefix_hash(config, step): step for step in points}
+        prefixes = _prefixes_at(config, branch_points(space, config) if shares_stages else ())
         shared = max((step for prefix, step in prefixes.items() if prefix in seen), default=0)
         total += config.max_steps - shared
         seen |= prefixes.keys()
     return total
-
-
-def _values(distribution: BaseDistribution) -> list[object]:
-    if isinstance(distribution, CategoricalDistribution):
-        return list(distribution.choices)
-    if isinstance(distribution, IntDistribution):
-        return list(range(distribution.low, distribution.high + 1, distribution.step))
-    if isinstance(distribution, FloatDistribution) and distribution.step:
-        count = round((distribution.high - distribution.low) / distribution.step) + 1
-        return [distribution.low + number * distribution.step for number in range(count)]
-    return []
 
 
 @dataclass
@@ -144,8 +128,12 @@ class Sharing:
 def _prefixes(job: Job) -> dict[str, int]:
     """Prefix and step of each of the trial's branch points; computed once."""
     if job.prefixes is None:
-        job.prefixes = {prefix_hash(job.config, step): step for step in job.branches}
+        job.prefixes = _prefixes_at(job.config, job.branches)
     return job.prefixes
+
+
+def _prefixes_at(config: TrialConfig, branches: Iterable[int]) -> dict[str, int]:
+    return {prefix_hash(config, step): step for step in branches}
 
 
 @dataclass(kw_only=True)

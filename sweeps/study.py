@@ -17,9 +17,6 @@ from typing import Any
 import optuna
 from optuna.distributions import (
     BaseDistribution,
-    CategoricalDistribution,
-    FloatDistribution,
-    IntDistribution,
 )
 from optuna.exceptions import ExperimentalWarning
 from optuna.pruners import NopPruner
@@ -33,6 +30,7 @@ from wandb.sdk.sweeps.sweep_info import SweepInfo
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from sweeps.one_factor import OneFactorSampler
+from sweeps.parameters import listed_values
 from sweeps.pruning import build_pruner, stored_losses
 from sweeps.spec import SweepDefinition
 from training.exceptions import ConfigError, SweepError
@@ -195,18 +193,9 @@ def planned_points(study: optuna.Study, definition: SweepDefinition) -> list[Poi
 
 
 def _grid(distributions: dict[str, BaseDistribution]) -> dict[str, list[Any]]:
-    return {name: _listed(distribution) for name, distribution in distributions.items()}
-
-
-def _listed(distribution: BaseDistribution) -> list[Any]:
-    if isinstance(distribution, CategoricalDistribution):
-        return list(distribution.choices)
-    if isinstance(distribution, IntDistribution):
-        return list(range(distribution.low, distribution.high + 1, distribution.step))
-    assert isinstance(distribution, FloatDistribution)
-    assert distribution.step, "read_definition lets no continuous range into a grid"
-    count = round((distribution.high - distribution.low) / distribution.step) + 1
-    return [distribution.low + index * distribution.step for index in range(count)]
+    values = {name: listed_values(distribution) for name, distribution in distributions.items()}
+    assert all(values.values()), "read_definition lets no continuous range into a grid"
+    return values
 
 
 def _choices(values: list[Any]) -> list[Any]:

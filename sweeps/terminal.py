@@ -6,7 +6,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from sweeps.ledger import METRIC, SweepRecord
+from sweeps.ledger import METRIC, StepCount, SweepRecord
 from sweeps.ties import describe_seeds
 
 
@@ -54,17 +54,14 @@ def print_summary(record: SweepRecord, console: Console) -> None:
 
 def steps_text(record: SweepRecord) -> str:
     """`steps: 251 trained, 44 saved by stages, 0 by pruning`."""
-    trained = saved = pruned = 0
+    steps = StepCount()
     for trial in record.all_trials:
-        if not trial.result:
-            continue
-        own_saved = trial.result.get("steps_saved") or 0
-        num_steps = trial.result.get("num_steps") or 0
-        saved += own_saved
-        trained += num_steps - own_saved
-        if trial.state == "pruned":
-            pruned += trial.settings["max_steps"] - num_steps
-    return f"steps: {trained:,} trained, {saved:,} saved by stages, {pruned:,} by pruning"
+        if trial.result:
+            steps.add(trial.result, trial.settings["max_steps"])
+    return (
+        f"steps: {steps.trained:,} trained, {steps.saved:,} saved by stages, "
+        f"{steps.pruned:,} by pruning"
+    )
 
 
 def make_console() -> Console:

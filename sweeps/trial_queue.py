@@ -18,7 +18,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from rich.console import Console
 
 from sweeps.directory import copy_known
-from sweeps.ledger import METRIC, read_metrics, read_sweep, read_trial
+from sweeps.ledger import METRIC, StepCount, read_metrics, read_sweep, read_trial
 from sweeps.one_factor import COMBINATION, NAME_ATTR, OneFactorSampler
 from sweeps.pruning import Pruning
 from sweeps.spec import SweepDefinition
@@ -84,12 +84,10 @@ class TrialQueue(Trials):
     """Causes of the trials that failed since the last one that did not."""
     sharing: Sharing = field(init=False)
     started: float = field(default_factory=time.monotonic)
-    num_trained: int = 0
+    steps: StepCount = field(default_factory=StepCount)
+    """Of the trials that have ended."""
+    num_trained_before: int = 0
     """Steps that earlier starts have trained."""
-    num_saved: int = 0
-    """Steps taken from stages, or from a trial with the same settings."""
-    num_pruned: int = 0
-    """Steps that pruned trials were not trained for."""
 
     def __post_init__(self) -> None:
         self.space = search_space(self.definition)
@@ -106,11 +104,9 @@ class TrialQueue(Trials):
         for trial in read_sweep(self.paths.root).all_trials:
             if not trial.result:
                 continue
-            self._count(trial.result, trial.settings["max_steps"])
+            self.steps.add(trial.result, trial.settings["max_steps"])
             self._learn(trial.number, trial.settings, trial.result)
-            self.num_trained += trial.result.get("num_steps", 0) - trial.result.get(
-                "steps_saved", 0
-            )
+        self.num_trained_before = self.steps.trained
         failed = self._failed()
         for frozen in self.study.get_trials(states=[TrialState.RUNNING]):
             if not self.paths.trial(frozen.number).result.is_file():
@@ -406,7 +402,7 @@ class TrialQueue(Trials):
             self._count_failure(label, result.get("reason") or f"{METRIC} is {loss}")
             return
         self.failures.clear()
-        self._count(result, config.max_steps)
+        self.steps.add(result, config.max_steps)
         if result["state"] == "pruned":
             self.console.print(f"{label}: pruned: {result['reason']}{self._time_left()}")
             return
@@ -440,18 +436,13 @@ class TrialQueue(Trials):
 
     def savings(self) -> str:
         """`44 steps saved by stages, 20 by pruning`, or nothing."""
-        parts = [(self.num_saved, "saved by stages"), (self.num_pruned, "by pruning")]
+        parts = [(self.steps.saved, "saved by stages"), (self.steps.pruned, "by pruning")]
         shown = [f"{number:,} {what}" for number, what in parts if number]
         return ", ".join(shown).replace(" ", " steps ", 1) if shown else ""
 
     def footer(self) -> str:
         """Below the table of trials: what is left of the sweep, and what was saved."""
         return "; ".join(filter(None, [self._time_left().removeprefix(", "), self.savings()]))
-
-    def _count(self, result: dict[str, Any], max_steps: int) -> None:
-        self.num_saved += result.get("steps_saved") or 0
-        if result.get("state") == "pruned":
-            self.num_pruned += max_steps - result["num_steps"]
 
     def _print_start(self, job: Job) -> None:
         assert job.info is not None
@@ -475,11 +466,11 @@ class TrialQueue(Trials):
         if num_left <= 0:
             return ""
         if self.planned is not None and num_left <= len(self.planned):
-            steps_left = self.planned_steps - self.num_trained - self.display.num_steps
+            steps_left = self.planned_steps - self.num_trained_before - self.display.num_steps
         else:
             done = [trial.params for trial in self.study.get_trials(deepcopy=False)]
             steps_left = num_left * self._mean_steps(done)
-        steps_left -= self.num_pruned
+        steps_left -= self.steps.pruned
         pace_s = (time.monotonic() - self.started) / self.display.num_steps
         return f", about {duration(max(0, steps_left) * pace_s)} left"
 
@@ -491,14 +482,9 @@ class TrialQueue(Trials):
 
 def further_seed(trial: FrozenTrial, seed: int) -> FrozenTrial:
     """A waiting copy of the trial that is going to be trained with another seed."""
-    name = trial.user_attrs.get(NAME_ATTR)
-    grid = {key: trial.system_attrs[key] for key in _GRID_ATTRS if key in trial.system_attrs}
-    return create_trial(
-        state=TrialState.WAITING,
-        system_attrs={**grid, "fixed_params": trial.params},
-        user_attrs={SEED_OF_ATTR: trial.number, SEED_ATTR: seed}
-        | ({NAME_ATTR: name} if name else {}),
-    )
+    kept = {key: trial.user_attrs[key] for key in (NAME_ATTR,) if key in trial.user_attrs}
+    attrs = {**kept, SEED_OF_ATTR: trial.number, SEED_ATTR: seed}
+    return _waiting_copy(trial, trial.params, attrs)
 
 
 def _key(settings: dict[str, Any]) -> str:
@@ -522,17 +508,24 @@ def _is_combination(trial: FrozenTrial) -> bool:
 
 
 def _retry(trial: FrozenTrial) -> FrozenTrial:
-    """A waiting copy of a failed trial. GridSampler needs its own attributes on it as well."""
+    """A waiting copy of a failed trial."""
     # The combination is made anew: retries before it may have changed what is best.
     params = {} if _is_combination(trial) else trial.params
-    grid = {key: trial.system_attrs[key] for key in _GRID_ATTRS if key in trial.system_attrs}
     kept = {
         key: trial.user_attrs[key]
         for key in (NAME_ATTR, SEED_OF_ATTR, SEED_ATTR)
         if key in trial.user_attrs
     }
+    return _waiting_copy(trial, params, {**kept, RETRY_ATTR: trial.number})
+
+
+def _waiting_copy(
+    trial: FrozenTrial, params: dict[str, Any], user_attrs: dict[str, Any]
+) -> FrozenTrial:
+    """To be added to the study, which hands it out next. GridSampler needs its own attributes on it."""
+    grid = {key: trial.system_attrs[key] for key in _GRID_ATTRS if key in trial.system_attrs}
     return create_trial(
         state=TrialState.WAITING,
         system_attrs={**grid, "fixed_params": params},
-        user_attrs={RETRY_ATTR: trial.number, **kept},
+        user_attrs=user_attrs,
     )

@@ -276,7 +276,7 @@ def test_a_trial_whose_worker_dies_before_it_tells_the_end_is_not_trained_again(
     assert {number for number, _ in simulation.trained} == {1}
     first = read_sweep(tmp_path / "runs").trial(0)
     assert queue.study.trials[0].value == first.loss == 2.5 and "same_as" not in first.result
-    assert queue.num_saved == 0
+    assert queue.steps.saved == 0
 
 
 def test_trials_of_a_dead_worker_that_share_nothing_keep_their_order(tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
 """Grouped LoRA products against sliced ones, on tiny models, and against what the CUDA kernel demands."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +26,6 @@ ODD_SCALINGS: list[dict[str, Any]] = [
 ]
 
 grouped_mm = functional.grouped_mm
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tiny products are faster on one thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture
