@@ -5,7 +5,7 @@ import json
 import pandas as pd
 import pytest
 
-from sweeps.ledger import read_metrics, read_sweep, read_trial
+from sweeps.ledger import StepCount, read_metrics, read_sweep, read_trial
 from training.config import TrialConfig
 from training.exceptions import SweepError
 from training.paths import SweepPaths, write_json
@@ -117,3 +117,12 @@ def test_what_is_no_sweep_directory_is_one_line(paths, tmp_path):
 def test_an_unknown_trial_number_is_one_line(paths):
     with pytest.raises(SweepError, match="trial 7 is not there"):
         read_sweep(paths.root).trial(7)
+
+
+def test_steps_are_trained_or_saved_or_pruned():
+    steps = StepCount()
+    steps.add({"state": "complete", "num_steps": 60, "steps_saved": 25}, max_steps=60)
+    steps.add({"state": "pruned", "num_steps": 12, "steps_saved": 4}, max_steps=30)
+    steps.add({"state": "failed", "num_steps": 3}, max_steps=30)
+    steps.add({"state": "failed", "reason": "no data"}, max_steps=30)
+    assert (steps.trained, steps.saved, steps.pruned) == (35 + 8 + 3, 29, 18)

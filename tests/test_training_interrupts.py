@@ -20,9 +20,12 @@ def test_the_first_signal_sets_the_event_and_the_second_ends_at_once() -> None:
 
 def test_a_worker_that_saves_is_not_interrupted_by_a_second_signal() -> None:
     stop = threading.Event()
-    with stops_gently(stop, quiet=True):
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGTERM)
+    try:
+        with stops_gently(stop, quiet=True):
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGTERM)
+    except KeyboardInterrupt:
+        pytest.fail("it was interrupted")
     assert stop.is_set()
 
 

@@ -145,6 +145,35 @@ def test_a_killed_pack_goes_on_from_its_last_evaluations(
         assert (ours["best_step"], ours["tokens"]) == (theirs["best_step"], theirs["tokens"])
 
 
+def test_an_evaluation_that_a_signal_came_before_is_made_when_the_trial_goes_on(
+    make: Callable[..., TrialConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = Queue(tmp_path / "whole", [make(max_steps=10)])
+    whole.run(slots=1)
+
+    stopped = Queue(tmp_path / "stopped", [make(max_steps=10)])
+    options = JobOptions(slots=1, report_to="none")
+    log_step = TrialRecorder.log_step
+
+    def stopping(self: TrialRecorder, step: int, **values: Any) -> None:
+        log_step(self, step, **values)
+        if step == 8:
+            options.stop.set()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TrialRecorder, "log_step", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            run_pack(stopped, options)
+    assert stopped.metrics(0)[-1]["step"] == 8 and "eval/loss" not in stopped.metrics(0)[-1]
+
+    again = Queue(tmp_path / "stopped", [make(max_steps=10)])
+    again.run(slots=1)
+    for one in (again, whole):
+        evals = [line["step"] for line in one.metrics(0) if "eval/loss" in line]
+        assert evals == [0, 4, 8, 10]
+    assert again.curve(0) == pytest.approx(whole.curve(0), rel=1e-5)
+
+
 def test_out_of_memory_shrinks_the_pack_and_loses_nothing(
     make: Callable[..., TrialConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
