@@ -23,6 +23,8 @@ CSV_COLUMNS = {"steps": "max_steps", "lr": "learning_rate", "rank": "lora_r"}
 """Column of a CSV -> TRL's name of the setting."""
 
 BASELINE = "baseline"
+WANDB = "wandb:"
+"""Before ENTITY/PROJECT/SWEEP_ID: a sweep on W&B's server."""
 
 
 @dataclass(frozen=True)
@@ -144,12 +146,19 @@ class Results:
 
 
 def load_source(path: str | Path) -> Results:
-    """Reads a sweep directory or a CSV.
+    """Reads a sweep directory, a CSV, or (`wandb:ENTITY/PROJECT/SWEEP_ID`) a sweep on W&B's server.
+
+    The last is brought to runs/ first, whole histories and all: its source is that directory.
 
     Raises:
-        SweepError: a directory that is not a sweep's.
+        SweepError: a directory that is not a sweep's, or W&B does not give the runs.
+        ConfigError: nobody is logged in to W&B, or it has no such sweep.
         DataError: a CSV that cannot be read, or no trial to report on.
     """
+    if str(path).startswith(WANDB):
+        from sweeps.pull import pull_sweep
+
+        path = pull_sweep(str(path).removeprefix(WANDB), Path("runs")).paths.root
     path = Path(path)
     if path.is_dir():
         results = _from_sweep(read_sweep(path))

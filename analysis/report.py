@@ -19,7 +19,8 @@ _DESCRIPTION = """\
 Report on a sweep: which trial is the best, how sure that is, and what each setting does.
 
   python -m analysis.report runs/quickstart             a sweep's directory
-  python -m analysis.report tests/data/nine_runs.csv    a CSV: name,steps,lr,rank,loss,minutes"""
+  python -m analysis.report tests/data/nine_runs.csv    a CSV: name,steps,lr,rank,loss,minutes
+  python -m analysis.report wandb:ENTITY/PROJECT/ID     a W&B sweep, brought to runs/ first"""
 
 
 @dataclass(kw_only=True)
@@ -36,12 +37,15 @@ class ReportOptions:
 
 def main() -> None:
     parser = make_parser("analysis.report", _DESCRIPTION, [ReportOptions])
-    parser.add_argument("source", help="a sweep's directory (runs/NAME) or a CSV file")
+    parser.add_argument(
+        "source",
+        help="a sweep's directory (runs/NAME), a CSV file, or wandb:ENTITY/PROJECT/SWEEP_ID",
+    )
     options, positional = parse(parser)
-    report(Path(positional.source), Path(options.output_dir) if options.output_dir else None)
+    report(positional.source, Path(options.output_dir) if options.output_dir else None)
 
 
-def report(source: Path, output_dir: Path | None = None) -> Path:
+def report(source: str | Path, output_dir: Path | None = None) -> Path:
     """Prints the report and writes its files; returns the directory they are in.
 
     Raises:

@@ -37,6 +37,20 @@ def check_directory(definition: SweepDefinition, paths: SweepPaths) -> None:
     Raises:
         SweepError: with what stands in the way; nothing has been touched.
     """
+    check_owner(definition, paths)
+    if paths.definition.is_file():
+        if not paths.study.is_file() and paths.trials.is_dir() and any(paths.trials.iterdir()):
+            raise SweepError(f"{paths.root}: has trials, but {paths.study.name} is missing")
+    elif paths.root.is_dir() and not all(_is_own(path, paths) for path in paths.root.iterdir()):
+        raise SweepError(f"{paths.root}: has files, but no {paths.definition.name}: not a sweep's")
+
+
+def check_owner(definition: SweepDefinition, paths: SweepPaths) -> None:
+    """Refuses a directory that is another sweep's.
+
+    Raises:
+        SweepError: with the first key that differs.
+    """
     if paths.root.exists() and not paths.root.is_dir():
         raise SweepError(f"{paths.root} is a file, but must be free for the sweep's directory")
     if paths.definition.is_file():
@@ -46,10 +60,6 @@ def check_directory(definition: SweepDefinition, paths: SweepPaths) -> None:
                 f"{paths.root}: holds another sweep: {difference} is not as in {definition.path}; "
                 "give this one another name or --output_dir"
             )
-        if not paths.study.is_file() and paths.trials.is_dir() and any(paths.trials.iterdir()):
-            raise SweepError(f"{paths.root}: has trials, but {paths.study.name} is missing")
-    elif paths.root.is_dir() and not all(_is_own(path, paths) for path in paths.root.iterdir()):
-        raise SweepError(f"{paths.root}: has files, but no {paths.definition.name}: not a sweep's")
 
 
 @contextmanager
@@ -78,6 +88,19 @@ def locked(paths: SweepPaths) -> Iterator[IO[str]]:
         file.write(str(os.getpid()))
         file.flush()
         yield file
+
+
+def allocate_trial(paths: SweepPaths) -> int:
+    """The next free number, given once, however many processes ask."""
+    paths.trials.mkdir(parents=True, exist_ok=True)
+    while True:
+        taken = [int(path.name[1:-5]) for path in paths.trials.glob(".[0-9]*.lock")]
+        number = max(taken, default=-1) + 1
+        try:
+            os.close(os.open(paths.trial_lock(number), os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+        except FileExistsError:
+            continue
+        return number
 
 
 def _try_lock(file: IO[str]) -> bool:
@@ -119,7 +142,8 @@ def copy_known(
     def write(root: Path) -> None:
         copy = TrialPaths(root)
         # Sending the same W&B run twice would count it twice.
-        names = (known.paths.state.name, known.paths.log.name, known.paths.wandb.name)
+        paths = known.paths
+        names = (path.name for path in (paths.state, paths.log, paths.wandb, paths.wandb_receipt))
         left_out = shutil.ignore_patterns(*names)
         shutil.copytree(known.paths.root, root, dirs_exist_ok=True, ignore=left_out)
         write_json(copy.config, {"settings": config.to_dict(), "engine": engine, **info})

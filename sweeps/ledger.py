@@ -41,6 +41,8 @@ class TrialRecord:
     """Number of the failed trial that this one repeats."""
     seed_of: int | None = None
     """Number of the trial whose settings this one has with another seed."""
+    wandb_id: str | None = None
+    """Of its W&B run."""
 
     @property
     def config(self) -> TrialConfig:
@@ -174,6 +176,7 @@ def read_trial(paths: TrialPaths) -> TrialRecord:
         result=result,
         retry_of=config.get("retry_of"),
         seed_of=config.get("seed_of"),
+        wandb_id=config.get("wandb_id"),
     )
 
 

@@ -94,7 +94,7 @@ class _Pool:
             env={**os.environ, **worker_environment(number, self.num_workers)},
         )
         theirs.close()
-        names = ("slots", "report_to", "group", "project")
+        names = ("slots", "report_to", "group", "project", "entity", "log_model")
         ours.send((self.engine, {name: getattr(self.options, name) for name in names}))
         self.workers.append(_Worker(number=number, process=process, connection=ours))
 

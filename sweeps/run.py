@@ -27,6 +27,7 @@ from training.interrupts import stops_gently
 from training.job import Engine, JobOptions
 from training.paths import SweepPaths
 from training.progress import Display
+from training.tracking import LogModel
 
 _DESCRIPTION = """\
 Run the sweep that a YAML file defines, or continue it: the same command after a crash or Ctrl-C
@@ -80,6 +81,12 @@ class RunOptions:
         metadata={
             "help": "Fresh seeds for the best trial, and for all that are not significantly worse, "
             "once the others have ended."
+        },
+    )
+    log_model: LogModel = field(
+        default="none",
+        metadata={
+            "help": "Adapters uploaded to W&B: of every trial (all), or when one is the best."
         },
     )
     project: str | None = field(
@@ -138,14 +145,14 @@ def run_sweep(definition: SweepDefinition, options: RunOptions) -> SweepRecord:
 def _train(queue: TrialQueue, options: RunOptions, lock: IO[str]) -> None:
     """Trains until the queue has nothing, then the final round; returns early when the time is up."""
     definition = queue.definition
-    if entity := definition.config.get("entity"):
-        os.environ.setdefault("WANDB_ENTITY", entity)
     queue.display.footer = queue.footer
     job_options = JobOptions(
         slots=options.slots,
         report_to=options.report_to,
         group=definition.name,
         project=options.project or definition.config.get("project") or "loraloom",
+        entity=os.environ.get("WANDB_ENTITY") or definition.config.get("entity"),
+        log_model=options.log_model,
         display=queue.display,
     )
     with _time_limit(options.timeout, queue, job_options.stop), stops_gently(job_options.stop):

@@ -144,7 +144,15 @@ def read_definition(path: str | Path) -> SweepDefinition:
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise ConfigError(f"{path}: cannot be read as a sweep definition: {reason}") from None
-    config = _load_yaml(text, path)
+    return check_definition(_load_yaml(text, path), text, path)
+
+
+def check_definition(config: dict[str, Any], text: str, path: Path) -> SweepDefinition:
+    """Checks a definition's content, which `path` names in errors.
+
+    Raises:
+        ConfigError: one of its keys or values is wrong.
+    """
     _check_top_level(config, path)
     _check_metric(config, path)
     _check_scheduler(config, path)

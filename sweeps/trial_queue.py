@@ -30,6 +30,7 @@ from training.exceptions import LoraloomError, SweepError
 from training.job import Job, Outcome, Trials
 from training.paths import SweepPaths, read_json
 from training.progress import Display, duration
+from training.tracking import new_run_id
 
 MAX_FAILURES_IN_A_ROW = 3
 RETRY_ATTR = "retry_of"
@@ -94,6 +95,10 @@ class TrialQueue(Trials):
         self.planned = planned_points(self.study, self.definition)
         self.sharing = Sharing.of(self.paths)
         self.pruning = Pruning(self.study, self.paths)
+        self.wandb_id = self.study.user_attrs.get("wandb_id")
+        if self.wandb_id is None:  # a trial keeps its W&B run over all starts of its sweep
+            self.wandb_id = new_run_id()
+            self.study.set_user_attr("wandb_id", self.wandb_id)
         planned = [self.definition.trial_config(point) for point in self.planned or []]
         self.planned_steps = planned_steps(self.space, planned, self.shares_stages)
         sampler = self.study.sampler
@@ -288,6 +293,7 @@ class TrialQueue(Trials):
             "retry_of": attrs.get(RETRY_ATTR),
             "seed_of": attrs.get(SEED_OF_ATTR),
             "sweep": self.definition.name,
+            "wandb_id": f"{self.wandb_id}-{trial.number}",
         }
         try:
             config = self.definition.trial_config(params)

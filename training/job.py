@@ -13,12 +13,21 @@ from typing import TYPE_CHECKING, Any, Literal
 from training.config import TrialConfig
 from training.paths import TrialPaths
 from training.progress import Display
-from training.tracking import ReportTo, Tracker, make_tracker
+from training.tracking import (
+    LogModel,
+    ReportTo,
+    Tracker,
+    WandbRun,
+    make_tracker,
+    wait_for_trackers,
+)
 
 if TYPE_CHECKING:
     from training.checkpoint import SavedState
 
 Engine = Literal["packed", "trl"]
+
+STOPPED_IN_WANDB = "stopped in W&B"
 
 Outcome = dict[str, Any] | Exception
 """result.json's content, or the fault that ended the trial."""
@@ -31,7 +40,7 @@ class Job:
     config: TrialConfig
     paths: TrialPaths
     info: dict[str, Any] | None = None
-    """More for config.json: `number`, `name`, `params`, `retry_of`, `sweep`."""
+    """More for config.json: `number`, `name`, `params`, `retry_of`, `sweep`, `wandb_id`."""
     label: str = ""
     """Stands before its lines on the terminal."""
     state: SavedState | None = None
@@ -42,6 +51,8 @@ class Job:
     """Steps after which other trials part from it: it is stored there."""
     prefixes: dict[str, int] | None = field(default=None, repr=False, compare=False)
     """`prefix_hash` of each branch, once it has been asked for."""
+    stop_reason: str | None = field(default=None, compare=False)
+    """Why the trial is to end after its next step; another thread may set it."""
 
     @property
     def name(self) -> str:
@@ -81,18 +92,44 @@ class JobOptions:
     group: str | None = None
     """W&B's group: the sweep's name."""
     project: str = "loraloom"
+    entity: str | None = None
+    """W&B's user or team; None is the key's own."""
+    sweep_id: str | None = None
+    """Of the W&B sweep that the trials are runs of."""
+    log_model: LogModel = "none"
+    """Which adapters are uploaded to W&B."""
     display: Display = field(default_factory=Display)
     """The terminal's view of all trials."""
     stop: threading.Event = field(default_factory=threading.Event)
     """Set: save every trial's state and raise KeyboardInterrupt."""
+    trackers: list[Tracker] = field(default_factory=list)
+    """All that have been opened."""
 
     def tracker(self, job: Job) -> Tracker:
         """Opens the tracker's run of one trial."""
-        return make_tracker(
-            self.report_to,
-            job.paths.root,
+
+        def stop() -> None:
+            job.stop_reason = STOPPED_IN_WANDB
+
+        run = WandbRun(
+            project=self.project,
+            entity=self.entity,
             group=self.group,
             name=job.name,
+            id=(job.info or {}).get("wandb_id"),
+            sweep_id=self.sweep_id,
             config=job.config.to_dict(),
-            project=self.project,
+            log_model=self.log_model,
         )
+        tracker = make_tracker(self.report_to, job.paths.root, run, stop)
+        self.trackers.append(tracker)
+        return tracker
+
+    def close_trackers(self) -> None:
+        """Waits until W&B has what it was told, and says what it has not taken."""
+        left = wait_for_trackers(self.trackers)
+        self.trackers.clear()
+        if left:
+            self.display.console.print(
+                f"W&B: {left} runs could not be sent; python -m sweeps.sync sends them later"
+            )

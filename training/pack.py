@@ -252,6 +252,9 @@ class _Pack:
     def _after_step(self, slot: _Slot) -> None:
         """Evaluates and stores where that is due, and ends the trial where it ends."""
         job, trial, recorder = slot.job, slot.trial, slot.recorder
+        if job.stop_reason is not None and not trial.is_done:
+            self._prune(slot, job.stop_reason)
+            return
         is_due = trial.step % job.config.eval_steps == 0 and recorder.last_eval_step != trial.step
         if is_due and not self._evaluate(slot):
             return
@@ -267,9 +270,12 @@ class _Pack:
             assert recorder.last_loss is not None
             reason = self._ask(self.trials.evaluated, job, trial.step, recorder.last_loss)
             if reason is not None:
-                if any(step > trial.step for step in job.branches):
-                    self._store(slot)  # for those that wait for more of it
-                self._end(slot, "pruned", reason)
+                self._prune(slot, reason)
+
+    def _prune(self, slot: _Slot, reason: str) -> None:
+        if any(step > slot.trial.step for step in slot.job.branches):
+            self._store(slot)  # for those that wait for more of it
+        self._end(slot, "pruned", reason)
 
     def _begin(self, slot: _Slot) -> None:
         """What has to be done before a trial's next step."""

@@ -59,6 +59,11 @@ class TrialPaths:
         """W&B's own files of an offline run, for `wandb sync`."""
         return self.root / "wandb"
 
+    @property
+    def wandb_receipt(self) -> Path:
+        """Says where in W&B the whole trial is; missing while W&B lacks some of it."""
+        return self.root / "wandb.json"
+
     def eval_losses(self, step: int) -> Path:
         """Per-example validation losses at `step` (0 is the base model)."""
         return self.evaluations / f"{step}.parquet"
@@ -138,6 +143,10 @@ class SweepPaths:
 
     def trial(self, number: int) -> TrialPaths:
         return TrialPaths(self.trials / f"{number:04d}")
+
+    def trial_lock(self, number: int) -> Path:
+        """Held while an agent trains the trial; its name is the trial's number, given once."""
+        return self.trials / f".{number:04d}.lock"
 
     @property
     def stages(self) -> Path:

@@ -35,6 +35,10 @@ _RECORD = (
 )
 
 
+METRIC_KEYS = ("train/loss", "eval/loss", "learning_rate", "grad_norm", "tokens_per_second")
+"""Metrics of a line of metrics.jsonl, beside `step` and `time`."""
+
+
 class TrialRecorder:
     """Records one trial; `result()` is its `result.json`.
 
@@ -72,8 +76,8 @@ class TrialRecorder:
             self.best_loss = math.inf if self.best_loss is None else self.best_loss
             _forget_after(paths.metrics, self.num_steps)
             progress.resumed(self.num_steps, self.train_loss or math.nan)
-            if self.forked_from and self.num_steps == self.steps_saved:
-                self._tell_history()
+        self.num_rows = 0
+        self._tell_history()
         self.file = open(paths.metrics, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
         if record is None:
             write_atomic(paths.eval_losses(0), base_losses.to_parquet)
@@ -150,19 +154,26 @@ class TrialRecorder:
         self.progress.close()
 
     def _tell_history(self) -> None:
-        """Tells the tracker what another trial measured on the steps that this one takes over."""
-        for line in self.paths.metrics.read_text("utf-8").splitlines():
-            metrics = json.loads(line)
-            step = metrics.pop("step")
-            metrics.pop("time", None)
-            self.tracker.log(step, metrics)
+        """Tells the tracker what a stage or an earlier process has measured; it knows what it has."""
+        if self.paths.metrics.is_file():
+            for line in self.paths.metrics.read_text("utf-8").splitlines():
+                self._tell(json.loads(line))
+
+    def _tell(self, line: Mapping[str, Any]) -> None:
+        self.tracker.log(self.num_rows, line)
+        self.num_rows += 1
 
     def _log(self, step: int, metrics: Mapping[str, float]) -> None:
-        # A loss that is not a number is not JSON, either: the line then says null.
-        values = {name: _finite(value) for name, value in metrics.items()}
-        line = {"step": step, "time": round(time.time(), 3), **values}
-        self.file.write(json.dumps(line, allow_nan=False) + "\n")
-        self.tracker.log(step, metrics)
+        line = metrics_line(step, time.time(), metrics)
+        self.file.write(line)
+        self._tell(json.loads(line))
+
+
+def metrics_line(step: int, time_s: float, metrics: Mapping[str, float | None]) -> str:
+    """A line of metrics.jsonl; `time_s` is in Unix seconds."""
+    # A loss that is not a number is not JSON, either: the line then says null.
+    values = {name: _finite(value) for name, value in metrics.items()}
+    return json.dumps({"step": step, "time": round(time_s, 3), **values}, allow_nan=False) + "\n"
 
 
 def begin_trial(

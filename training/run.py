@@ -22,7 +22,7 @@ from training.exceptions import SweepError
 from training.interrupts import stops_gently
 from training.job import Engine, Job, JobOptions, Outcome, Trials
 from training.paths import TrialPaths, read_json
-from training.tracking import ReportTo
+from training.tracking import LogModel, ReportTo, new_run_id
 
 PROJECT = "loraloom"
 
@@ -48,6 +48,10 @@ class RunOptions:
         default="wandb", metadata={"help": "Tracker, besides the files that are always written."}
     )
     project: str = field(default=PROJECT, metadata={"help": "W&B project."})
+    log_model: LogModel = field(
+        default="none",
+        metadata={"help": "Upload the adapter to W&B: of every trial (all), or if none is better."},
+    )
     engine: Engine = field(
         default="packed",
         metadata={"help": "packed, or trl: SFTTrainer, the slower reference for every model."},
@@ -68,6 +72,7 @@ def main() -> None:
                 report_to=options.report_to,
                 project=options.project,
                 engine=options.engine,
+                log_model=options.log_model,
             )
         else:
             print(f"{paths.root}: is trained already")
@@ -90,6 +95,7 @@ def run_trial(
     group: str | None = None,
     project: str = PROJECT,
     engine: Engine = "packed",
+    log_model: LogModel = "none",
 ) -> dict[str, Any]:
     """Trains one trial and writes its directory.
 
@@ -102,6 +108,7 @@ def run_trial(
         group: W&B's group, the sweep's name.
         project: W&B's project.
         engine: `packed`, or `trl` for the reference.
+        log_model: whether the adapter is uploaded to W&B.
 
     Returns:
         The content of result.json; `state` is `complete`, or `failed` if a loss was not finite.
@@ -111,14 +118,28 @@ def run_trial(
         Exception: any other fault; both are in result.json and trial.log as well. A full disk and
             Ctrl-C leave no result.json, so that the trial counts as unfinished.
     """
+    if info is None:
+        info = {"number": 0, "name": paths.root.name, "params": {}, "retry_of": None}
+    info = {"wandb_id": _run_id(paths), **info}
     trial = _OneTrial(Job(config=config, paths=paths, info=info))
-    options = JobOptions(slots=1, report_to=report_to, group=group, project=project)
+    options = JobOptions(
+        slots=1, report_to=report_to, group=group, project=project, log_model=log_model
+    )
     with stops_gently(options.stop):
         run_jobs(trial, engine=engine, options=options)
     assert trial.outcome is not None
     if isinstance(trial.outcome, Exception):
         raise trial.outcome
     return trial.outcome
+
+
+def _run_id(paths: TrialPaths) -> str:
+    """Of the trial's W&B run: that of an earlier attempt, or the one that `wandb agent` has given."""
+    with contextlib.suppress(OSError, ValueError):
+        known = read_json(paths.config).get("wandb_id")
+        if known:
+            return known
+    return os.environ.get("WANDB_RUN_ID") or new_run_id()
 
 
 class _OneTrial(Trials):
@@ -156,6 +177,8 @@ def run_jobs(trials: Trials, *, engine: Engine, options: JobOptions) -> None:
     except BaseException:
         _forget()
         raise
+    finally:
+        options.close_trackers()
 
 
 def _forget() -> None:

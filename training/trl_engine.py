@@ -62,31 +62,27 @@ def _train(job: Job, prepared: Prepared, tracker: Tracker, options: JobOptions) 
         progress = display.add(job.label, config.max_steps)
         recorder = TrialRecorder(job.paths, tracker, progress, losses)
         try:
-            failure = train_with_trl(config, prepared, job.paths, recorder, options.stop)
+            state, reason = train_with_trl(job, prepared, recorder, options.stop)
             recorder.train_time_s = time.monotonic() - started
-            state = "failed" if failure else "complete"
-            return {**recorder.result(state, failure), **prepared.splits.hashes}
+            return {**recorder.result(state, reason), **prepared.splits.hashes}
         finally:
             recorder.close()
             shutil.rmtree(job.paths.state, ignore_errors=True)
 
 
 def train_with_trl(
-    config: TrialConfig,
-    prepared: Prepared,
-    paths: TrialPaths,
-    recorder: TrialRecorder,
-    stop: threading.Event,
-) -> str | None:
+    job: Job, prepared: Prepared, recorder: TrialRecorder, stop: threading.Event
+) -> tuple[str, str | None]:
     """Trains the trial to its end, or until `stop` is set; the base model is afterwards as it was.
 
     Returns:
-        Why the trial failed (a loss that is not finite), or None.
+        The trial's state, and why it failed (a loss that is not finite) or was stopped.
     """
+    config = job.config
     with _base_model_restored(prepared.model), known_warnings():
-        callback = _RecordingCallback(config, prepared, recorder, stop)
+        callback = _RecordingCallback(job, prepared, recorder, stop)
         _check_targets(config, prepared.model)
-        args = sft_config(config, paths, prepared.model)
+        args = sft_config(config, job.paths, prepared.model)
         # The trial is one GPU's: with several visible, Trainer would multiply the batch by their number.
         _ = args.device
         args._n_gpu = min(1, args._n_gpu)
@@ -111,7 +107,7 @@ def train_with_trl(
         finally:
             callback.model.unload()
             callback.model = None
-    return callback.failure
+    return callback.state, callback.reason
 
 
 def sft_config(config: TrialConfig, paths: TrialPaths, model: Any) -> SFTConfig:
@@ -165,15 +161,16 @@ class _RecordingCallback(TrainerCallback):
 
     def __init__(
         self,
-        config: TrialConfig,
+        job: Job,
         prepared: Prepared,
         recorder: TrialRecorder,
         stop: threading.Event,
     ):
-        self.config, self.prepared, self.recorder = config, prepared, recorder
+        self.job, self.config, self.prepared, self.recorder = job, job.config, prepared, recorder
         self.stop = stop
         self.model: Any = None
-        self.failure: str | None = None
+        self.state = "complete"
+        self.reason: str | None = None
         self.learning_rate = 0.0
         self.num_tokens = 0
         self.started = 0.0
@@ -203,7 +200,9 @@ class _RecordingCallback(TrainerCallback):
         )
         self.num_tokens = num_tokens
         if not math.isfinite(logs["loss"]):
-            self._fail(f"train/loss is {logs['loss']} at step {step}", control)
+            self._end("failed", f"train/loss is {logs['loss']} at step {step}", control)
+        elif self.job.stop_reason and step < self.config.max_steps:
+            self._end("pruned", self.job.stop_reason, control)
         elif step % self.config.eval_steps == 0 or step == self.config.max_steps:
             self._evaluate(step, control)
 
@@ -215,10 +214,10 @@ class _RecordingCallback(TrainerCallback):
         )
         self.recorder.log_eval(step, losses, self.model.save_pretrained)
         if not math.isfinite(mean_loss(losses)):
-            self._fail(f"eval/loss is not finite at step {step}", control)
+            self._end("failed", f"eval/loss is not finite at step {step}", control)
 
-    def _fail(self, reason: str, control: Any) -> None:
-        self.failure = reason
+    def _end(self, state: str, reason: str, control: Any) -> None:
+        self.state, self.reason = state, reason
         control.should_training_stop = True
 
 
