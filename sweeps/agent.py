@@ -102,6 +102,7 @@ def run_agent(path: str, options: AgentOptions) -> None:
             from training.run import run_jobs  # torch and transformers take seconds to import
 
             run_jobs(queue, engine="packed", options=job_options)
+            queue.tell_missing()
     finally:
         queue.close()
     print_summary(read_sweep(paths.root), console)
@@ -142,6 +143,8 @@ class AgentQueue(Trials):
         """What went wrong in the thread of the heartbeats."""
         self.has_said_idle = False
         self.failures: list[str] = []
+        self.ended: set[str] = set()
+        """Ids of the runs that this process has trained."""
 
     def start(self) -> None:
         """Takes over what other processes have left, and registers with the server."""
@@ -216,6 +219,7 @@ class AgentQueue(Trials):
             self.sharing.ended(number)
         self._unlock(number)
         self.agents.free(_run_id(job))
+        self.ended.add(_run_id(job))
         if isinstance(outcome, LoraloomError):
             raise outcome  # wrong data, model or settings: the next run would meet it, too
         if isinstance(outcome, Exception):
@@ -230,6 +234,14 @@ class AgentQueue(Trials):
             self.say(
                 f"{job.label} {job.name}: {shown}{reason}, {duration(outcome['train_time_s'])}"
             )
+
+    def tell_missing(self) -> None:
+        """Once more what W&B did not take when the trial ended."""
+        for trial in read_sweep(self.paths.root).all_trials:
+            is_ours = trial.wandb_id in self.ended
+            if is_ours and not trial.paths.wandb_receipt.is_file():
+                self._tell_end(trial)
+        self.options.close_trackers()
 
     def _tell_end(self, trial: TrialRecord) -> None:
         """A trial that ended when W&B was not there, or just before its process was killed."""

@@ -97,7 +97,7 @@ def _write(run: Any, trial: TrialPaths, final: TrialPaths, varied: Iterable[str]
     write_json(trial.config, {"settings": config.to_dict(), "engine": "wandb", **info})
     rows = run.scan_history()  # all of them; run.history() is a sample
     write_text(trial.metrics, "".join(_metrics_line(row) for row in rows if "step" in row))
-    summary = dict(run.summary)
+    summary = dict(run.summary_metrics)
     result = {key: summary[key] for key in SUMMARY_KEYS if key in summary}
     state = result.get("state")
     if state not in ("complete", "pruned", "failed"):

@@ -89,8 +89,12 @@ def sync_sweep(record: SweepRecord, options: SyncOptions) -> None:
         trackers = [(trial, _tracker(trial, record, options)) for trial in batch]
         for trial, tracker in trackers:
             tell_again(tracker, trial)
-        for trial, tracker in trackers:
-            _wait(trial, tracker)
+        problems = [_wait(tracker) for _, tracker in trackers]
+        for (trial, _), problem in zip(trackers, problems, strict=True):
+            if problem or not trial.paths.wandb_receipt.is_file():
+                raise SweepError(
+                    f"{trial.paths.root}: not sent: {problem}; the same command goes on"
+                )
             num_sent += 1
             url = read_json(trial.paths.wandb_receipt)["url"]
             console.print(f"trial {trial.number} {trial.name} ({num_sent} of {len(left)}): {url}")
@@ -138,13 +142,14 @@ def _tracker(trial: TrialRecord, record: SweepRecord, options: SyncOptions) -> W
     return WandbTracker(trial.paths.root, run)
 
 
-def _wait(trial: TrialRecord, tracker: WandbTracker) -> None:
+def _wait(tracker: WandbTracker) -> str | None:
+    """What went wrong, once the run has been sent."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        in_time = tracker.wait(FINISH_TIMEOUT_S)
-    if not in_time or not trial.paths.wandb_receipt.is_file():
-        reason = str(caught[0].message) if caught else "it takes too long"
-        raise SweepError(f"{trial.paths.root}: not sent: {reason}; the same command goes on")
+        in_time = tracker.wait(2 * FINISH_TIMEOUT_S)
+    if caught:
+        return str(caught[0].message)
+    return None if in_time else "W&B takes too long"
 
 
 def _where(record: SweepRecord, options: SyncOptions) -> dict[str, Any]:
@@ -196,9 +201,7 @@ def _send_report(record: SweepRecord, options: SyncOptions, api: Any) -> str | N
         media: dict[str, Any] = {}
         for path in files:
             artifact.add_file(str(path))
-            if path.suffix == ".png":
-                media[path.stem] = wandb.Image(str(path))
-            elif path.suffix == ".html":
+            if path.suffix == ".html":  # with its pictures in it
                 media[path.stem] = wandb.Html(str(path), inject=False)
         run.log(media)
         run.log_artifact(artifact)

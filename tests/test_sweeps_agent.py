@@ -26,6 +26,9 @@ PLAIN_AGENT = (
 )
 
 
+ROOT = Path(__file__).resolve().parents[1]
+
+
 @pytest.fixture
 def server() -> Iterator[WandbServer]:
     with WandbServer() as server:
@@ -53,20 +56,32 @@ def definition(tiny_settings: dict[str, Any], **varied: list[Any]) -> dict[str, 
 
 
 def command(
-    server: WandbServer, home: Path, code: str, *arguments: str, key: str | None = None
+    server: WandbServer,
+    home: Path,
+    code: str,
+    *arguments: str,
+    key: str | None = None,
+    cwd: Path | None = None,
 ) -> subprocess.Popen[str]:
+    home.mkdir(exist_ok=True)
     environment = {**os.environ, **server.env(home / "client"), "OMP_NUM_THREADS": "1"}
-    environment["WANDB_MODE"] = "online"
+    environment |= {"WANDB_MODE": "online", "PYTHONPATH": str(ROOT)}
     if key is not None:
         environment["WANDB_API_KEY"] = key
     return subprocess.Popen(
         [sys.executable, "-c", code, *arguments],
         env=environment,
+        cwd=cwd or home,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
     )
+
+
+def module(server: WandbServer, home: Path, name: str, *arguments: str) -> Any:
+    code = f"import runpy; runpy.run_module({name!r}, run_name='__main__', alter_sys=True)"
+    return command(server, home, code, *arguments)
 
 
 def agent(server: WandbServer, home: Path, path: str, *options: str, **more: Any) -> Any:
@@ -121,12 +136,69 @@ def test_a_packed_agent_trains_a_whole_sweep_as_wandb_runs(
         assert any("eval/loss" in line for line in run.log)
     # Half of the trials need only their last steps: as the local runner does it.
     assert sum(bool(trial.result["forked_from"]) for trial in record.trials) >= 4
-    assert 2 <= len(server.agents) <= 5
+    # One for each run in flight: in a slot, or waiting for the stage of another one.
+    assert 2 <= len(server.agents) <= 8
     best = record.best()
     (artifact,) = {a.name for a in server.artifacts.values()}
     assert artifact == "tiny-adapter"
     newest = [a for a in server.artifacts.values() if "best" in a.aliases]
     assert [best.wandb_id in a.aliases for a in newest] == [True]
+    check_pull(server, home, path, record)
+
+
+def check_pull(server: WandbServer, home: Path, path: str, record: SweepRecord) -> None:
+    """The sweep read from W&B is the sweep on disk; read again, nothing is there twice."""
+    for _ in range(2):
+        finish(module(server, home, "sweeps.pull", path, "--output_dir", str(home / "pulled")))
+    pulled = read_sweep(home / "pulled" / record.name)
+    assert len(pulled.trials) == len(record.trials)
+    theirs = {trial.wandb_id: trial for trial in record.trials}
+    for trial in pulled.trials:
+        original = theirs[trial.wandb_id]
+        assert trial.settings == original.settings
+        assert trial.params == original.params
+        assert [{**line, "time": 0} for line in trial.metrics()] == [
+            {**line, "time": 0} for line in original.metrics()
+        ]
+        assert trial.result == {name: original.result[name] for name in trial.result}
+        assert trial.loss == original.loss
+    best = pulled.best()
+    assert best.wandb_id == record.best().wandb_id
+    assert (best.paths.adapter / "adapter_model.safetensors").is_file()
+    losses = best.eval_losses(best.result["best_step"])
+    assert losses.equals(record.best().eval_losses(best.result["best_step"]))
+
+
+@pytest.mark.slow
+def test_wandbs_scheduler_drives_the_nine_runs_with_our_sampler(
+    server: WandbServer, home: Path, tiny_settings: dict[str, Any]
+) -> None:
+    varied = {"max_steps": [2, 4, 6, 8], "learning_rate": [1e-3, 3e-3, 1e-2], "lora_r": [2, 4, 8]}
+    config = definition(tiny_settings, **varied)
+    scheduler = {"engine": "optuna", "source": "sweeps/study.py", "optimizer": "one_factor"}
+    path = create_sweep(server, home, {**config, "method": "custom", "scheduler": scheduler})
+    entity, project, sweep_id = path.split("/")
+    arguments = ["--entity", entity, "--project", project, "--batch-size", "1", sweep_id]
+    driver = command(server, home, PLAIN_AGENT, "sweep-scheduler", *arguments, cwd=ROOT)
+    trainer = agent(server, home, path)
+    said = finish(driver)
+    finish(trainer)
+    trials = record_of(server, home).trials
+    assert [trial.state for trial in trials] == ["complete"] * 9, said
+    runs = [server.runs[trial.wandb_id or ""] for trial in trials]
+    assert all(run.state == "finished" for run in runs)
+    best = {}
+    for name, values in varied.items():
+        centre = {other: listed[len(listed) // 2] for other, listed in varied.items()}
+        losses = {
+            value: trial.loss or 0.0
+            for value in values
+            for trial in trials[:8]
+            if trial.params == {**centre, name: value}
+        }
+        assert len(losses) >= 3
+        best[name] = min(losses, key=losses.__getitem__)
+    assert trials[8].params == best
 
 
 @pytest.mark.slow
@@ -153,6 +225,7 @@ def test_plain_agents_and_a_packed_one_finish_one_sweep(
     assert 1 <= len(record_of(server, home).trials) <= 11
 
 
+@pytest.mark.slow
 def test_an_agent_that_was_killed_goes_on_with_its_runs(
     server: WandbServer, home: Path, tiny_settings: dict[str, Any]
 ) -> None:
@@ -160,7 +233,8 @@ def test_an_agent_that_was_killed_goes_on_with_its_runs(
     path = create_sweep(server, home, config)
     first = agent(server, home, path)
     server.wait_for(
-        lambda: len(server.runs) == 4 and all(len(r.history) > 12 for r in server.runs.values()), 120
+        lambda: len(server.runs) == 4 and all(len(r.history) > 12 for r in server.runs.values()),
+        120,
     )
     os.kill(first.pid, signal.SIGKILL)
     first.communicate(timeout=60)
@@ -198,6 +272,7 @@ def test_a_stop_reaches_one_run_of_the_pack_and_only_that_one(
             assert (trial.state, trial.result["num_steps"]) == ("complete", 60)
 
 
+@pytest.mark.slow
 def test_a_server_that_is_away_holds_up_nothing_and_misses_nothing(
     server: WandbServer, home: Path, tiny_settings: dict[str, Any]
 ) -> None:
@@ -220,6 +295,7 @@ def test_a_server_that_is_away_holds_up_nothing_and_misses_nothing(
         assert is_whole(run, trial)
 
 
+@pytest.mark.slow
 def test_count_is_the_number_of_runs_taken(
     server: WandbServer, home: Path, tiny_settings: dict[str, Any]
 ) -> None:

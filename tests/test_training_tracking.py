@@ -1,5 +1,6 @@
 import json
 import struct
+import threading
 import time
 import warnings
 from collections.abc import Iterator
@@ -11,9 +12,9 @@ import wandb
 from wandb.proto import wandb_internal_pb2
 
 from training.config import TrialConfig
-from training.paths import TrialPaths
+from training.paths import TrialPaths, read_json, write_json
 from training.run import run_trial
-from training.tracking import NullTracker, make_tracker
+from training.tracking import WandbRun, WandbTracker, is_best_so_far, make_tracker
 
 
 def read_ended_run(directory: Path) -> dict[str, Any]:
@@ -121,31 +122,69 @@ def test_a_failed_trial_is_a_failed_run(tiny_settings: dict[str, Any], tmp_path:
     assert "/loss is " in run["summary"]["reason"]
 
 
-def make(directory: Path, project: str = "loraloom") -> Any:
-    return make_tracker("wandb", directory, group=None, name="x", config={"a": 1}, project=project)
+def make(directory: Path, project: str = "loraloom") -> WandbTracker:
+    tracker = make_tracker("wandb", directory, WandbRun(project=project, name="x", config={"a": 1}))
+    assert isinstance(tracker, WandbTracker)
+    return tracker
+
+
+def row(step: int) -> dict[str, Any]:
+    return {"step": step, "time": 1e9 + step, "train/loss": 1.0}
 
 
 def test_an_error_of_wandb_is_one_warning_and_nothing_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def fail(self: Any, *args: Any, **kwargs: Any) -> None:
+        raise OSError("the service has gone")
+
+    monkeypatch.setattr("wandb.sdk.wandb_run.Run.log", fail)
     tracker = make(tmp_path)
-    tracker.run.finish()  # as if the service had gone: logging to it now raises
-    with pytest.warns(RuntimeWarning, match="W&B is not told any more: "):
-        tracker.log(1, {"train/loss": 1.0})
+    tracker.log(0, row(0))
+    with pytest.warns(RuntimeWarning, match="W&B is not told any more: the service has gone"):
+        assert tracker.wait(60)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        tracker.log(2, {"train/loss": 1.0})
+        tracker.log(1, row(1))
+        tracker.finish({"state": "complete"})
 
 
 def test_a_tracker_that_cannot_start_is_one_warning(tmp_path: Path) -> None:
+    tracker = make(tmp_path, project="a/b")
     with pytest.warns(RuntimeWarning, match="W&B is not told: .*project name"):
-        tracker = make(tmp_path, project="a/b")
-    assert isinstance(tracker, NullTracker)
+        assert tracker.wait(60)
 
 
-def test_report_to_none_opens_no_run(tiny_settings: dict[str, Any], tmp_path: Path) -> None:
-    tracker = make_tracker("none", tmp_path, group=None, name="x", config={}, project="p")
-    tracker.log(1, {"train/loss": 1.0})
+def test_a_slow_tracker_holds_up_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = threading.Event()
+    init = wandb.init
+
+    def slow(**settings: Any) -> Any:
+        assert opened.wait(60)
+        return init(**settings)
+
+    monkeypatch.setattr(wandb, "init", slow)
+    tracker = make(tmp_path)
+    for step in range(1000):  # none of these may wait: nobody opens the run before they are through
+        tracker.log(step, row(step))
+    tracker.finish({"state": "complete"})
+    opened.set()
+    assert tracker.wait(60)
+    assert [line["step"] for line in read_ended_run(tmp_path)["history"]] == list(range(1000))
+
+
+def test_report_to_none_opens_no_run(tmp_path: Path) -> None:
+    tracker = make_tracker("none", tmp_path, WandbRun(project="p"))
+    tracker.log(0, row(0))
     tracker.finish({"state": "complete"})
     assert wandb.run is None
-    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_best_so_far_has_no_better_one_beside_it(tmp_path: Path) -> None:
+    for number, loss in enumerate((2.0, 1.5, 1.8)):
+        write_json(TrialPaths(tmp_path / f"{number:04d}").result, {"eval/loss": loss})
+    best = [
+        is_best_so_far(paths := TrialPaths(tmp_path / f"{number:04d}"), read_json(paths.result))
+        for number in range(3)
+    ]
+    assert best == [False, True, False]

@@ -14,6 +14,7 @@ from training.config import TrialConfig
 from training.paths import TrialPaths
 from training.progress import Display
 from training.tracking import (
+    FINISH_TIMEOUT_S,
     LogModel,
     ReportTo,
     Tracker,
@@ -125,9 +126,9 @@ class JobOptions:
         self.trackers.append(tracker)
         return tracker
 
-    def close_trackers(self) -> None:
+    def close_trackers(self, timeout_s: float = FINISH_TIMEOUT_S) -> None:
         """Waits until W&B has what it was told, and says what it has not taken."""
-        left = wait_for_trackers(self.trackers)
+        left = wait_for_trackers(self.trackers, timeout_s)
         self.trackers.clear()
         if left:
             self.display.console.print(

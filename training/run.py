@@ -22,7 +22,7 @@ from training.exceptions import SweepError
 from training.interrupts import stops_gently
 from training.job import Engine, Job, JobOptions, Outcome, Trials
 from training.paths import TrialPaths, read_json
-from training.tracking import LogModel, ReportTo, new_run_id
+from training.tracking import INTERRUPTED_TIMEOUT_S, LogModel, ReportTo, new_run_id
 
 PROJECT = "loraloom"
 
@@ -169,16 +169,16 @@ def run_jobs(trials: Trials, *, engine: Engine, options: JobOptions) -> None:
             from training.pack import run_pack  # torch and transformers take seconds to import
 
             run_pack(trials, options)
-            return
-        from training.trl_engine import run_with_trl
+        else:
+            from training.trl_engine import run_with_trl
 
-        while (job := trials.next_job()) is not None:
-            run_with_trl(job, trials.done, options)
+            while (job := trials.next_job()) is not None:
+                run_with_trl(job, trials.done, options)
     except BaseException:
         _forget()
+        options.close_trackers(INTERRUPTED_TIMEOUT_S)
         raise
-    finally:
-        options.close_trackers()
+    options.close_trackers()
 
 
 def _forget() -> None:

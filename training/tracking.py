@@ -46,8 +46,10 @@ SUMMARY_KEYS = (
 
 ADAPTER_KEY = "adapter_artifact"
 """In the summary of a run whose adapter is uploaded: the artifact's NAME:ALIAS."""
-FINISH_TIMEOUT_S = 300.0
-"""Longest that the end of a run waits for W&B to take it."""
+FINISH_TIMEOUT_S = 120.0
+"""Longest that the end of a run waits for W&B to take it; what it does not take, `sweeps.sync` sends."""
+INTERRUPTED_TIMEOUT_S = 20.0
+"""The same when the process is told to end."""
 _init_lock = threading.Lock()
 
 
@@ -111,11 +113,13 @@ class WandbTracker:
         """What the thread has met and nobody has been warned of yet."""
         self.queue: queue.SimpleQueue[tuple[int, Mapping[str, Any]] | None] = queue.SimpleQueue()
         self.result: Mapping[str, Any] = {}
+        self.num_rows = 0
         self.thread = threading.Thread(target=self._tell, name=f"W&B {run.name}", daemon=True)
         self.thread.start()
 
     def log(self, row: int, metrics: Mapping[str, Any]) -> None:
         self.queue.put((row, metrics))
+        self.num_rows = row + 1
         self._warn()
 
     def finish(self, result: Mapping[str, Any]) -> None:
@@ -203,6 +207,7 @@ class WandbTracker:
         self._log_model(run)
         run.finish(exit_code=0 if result["state"] in ("complete", "pruned") else 1)
         if run.url and self.paths.result.is_file():  # neither offline nor interrupted
+            _check_arrived(run, self.num_rows)
             receipt = {"run": f"{run.entity}/{run.project}/{run.id}", "url": run.url}
             write_json(self.paths.wandb_receipt, {**receipt, "log_model": self.spec.log_model})
 
@@ -259,7 +264,7 @@ def make_tracker(
     return NullTracker() if report_to == "none" else WandbTracker(directory, run, on_stop)
 
 
-def wait_for_trackers(trackers: list[Tracker], timeout_s: float = FINISH_TIMEOUT_S) -> int:
+def wait_for_trackers(trackers: list[Tracker], timeout_s: float) -> int:
     """Waits until W&B has taken what is on its way; returns the number of runs that it has not."""
     deadline = time.monotonic() + timeout_s
     own = [tracker for tracker in trackers if isinstance(tracker, WandbTracker)]
@@ -275,6 +280,19 @@ def _log(run: Any, row: int, metrics: Mapping[str, Any]) -> None:
     run.log(values, step=row, commit=True)
     if "eval/loss" in values:
         run.write_logs(f"step {values['step']}: eval/loss {values['eval/loss']:.4f}")
+
+
+def _check_arrived(run: Any, num_rows: int) -> None:
+    """A run whose upload was refused once ends as if all were well: W&B's client does not say so."""
+    import wandb
+
+    path = f"{run.entity}/{run.project}/{run.id}"
+    for pause_s in (0, 1, 3, 10):  # the server may take a moment
+        time.sleep(pause_s)
+        there = wandb.Api().run(path)
+        if there.state != "running" and there.lastHistoryStep >= num_rows - 1:
+            return
+    raise RuntimeError(f"only {there.lastHistoryStep + 1} of {num_rows} rows have arrived")
 
 
 def _mode() -> Literal["online", "offline", "disabled"]:
