@@ -101,8 +101,8 @@ def run_agent(path: str, options: AgentOptions) -> None:
             queue.start()
             from training.run import run_jobs  # torch and transformers take seconds to import
 
-            run_jobs(queue, engine="packed", options=job_options)
-            queue.tell_missing()
+            if not run_jobs(queue, engine="packed", options=job_options):
+                queue.tell_missing()
     finally:
         queue.close()
     print_summary(read_sweep(paths.root), console)
@@ -141,7 +141,6 @@ class AgentQueue(Trials):
         """The server has no more runs for us."""
         self.fault: Exception | None = None
         """What went wrong in the thread of the heartbeats."""
-        self.has_said_idle = False
         self.failures: list[str] = []
         self.ended: set[str] = set()
         """Ids of the runs that this process has trained."""
@@ -186,7 +185,6 @@ class AgentQueue(Trials):
                     number = _number(job)
                     self.running[number] = job
                     self.sharing.began(number, job)
-                    self.has_said_idle = False
                     return job
                 if not self._wants_more():
                     if not self.waiting or self.running:
@@ -201,7 +199,7 @@ class AgentQueue(Trials):
                 elif self.running:
                     return None  # asked before: the answer comes while the others train
                 else:
-                    self._wait_for_run()
+                    self.changed.wait(0.5)
 
     def began(self, job: Job, step: int) -> str | None:
         with self.changed:
@@ -272,14 +270,6 @@ class AgentQueue(Trials):
             lambda: self.waiting or self.is_over or self.agents.num_beats > beats, ANSWER_S
         )
 
-    def _wait_for_run(self) -> None:
-        """Nothing is in flight and the server has no run: until its next answer."""
-        is_told = self.has_said_idle or self.agents.problem
-        if self.agents.num_beats and not is_told:
-            self.say("W&B has no run for us now (is the sweep paused?): waiting")
-            self.has_said_idle = True
-        self.changed.wait(0.5)
-
     def _receive(self, command: Command) -> None:
         """In the thread of the heartbeats."""
         with self.changed:
@@ -294,6 +284,8 @@ class AgentQueue(Trials):
             assert command.run_id is not None
             self._take(command.run_id, command.params)
             return
+        if command.kind == "refused":
+            raise SweepError(f"{self.sweep.path}: {command.reason}")
         if command.kind == "exit":
             self.is_over = True
         for job in [*self.running.values(), *self.waiting]:

@@ -13,11 +13,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sweeps.terminal import first_line
-from sweeps.wandb_sweep import WandbSweep
+from sweeps.wandb_sweep import ENDED, WandbSweep
 from training.exceptions import SweepError
 
 POLL_S = 5.0
 """Between heartbeats, as in W&B's own agent."""
+_LOOK_EVERY = 6
+"""Rounds without a run after which the sweep's state is asked for again."""
 
 
 @dataclass(frozen=True)
@@ -25,10 +27,12 @@ class Command:
     """What the server wants of us."""
 
     kind: str
-    """`run`, `stop`, `exit`, or `none` after each round of heartbeats."""
+    """`run`, `stop`, `exit`, `refused`, or `none` after each round of heartbeats."""
     run_id: str | None = None
     params: dict[str, Any] = field(default_factory=dict)
     """Of `run`: every setting that the sweep gives."""
+    reason: str = ""
+    """Of `refused`."""
 
 
 class Agents:
@@ -62,6 +66,9 @@ class Agents:
         """Rounds of heartbeats: whoever waits for an answer knows that there has been one."""
         self.is_deleted = False
         self.problem = ""
+        self.state = "RUNNING"
+        self.num_empty = 0
+        """Rounds in a row in which a run was wanted and none was given."""
         self.thread = threading.Thread(target=self._beat_on, name="W&B agents", daemon=True)
 
     def start(self) -> None:
@@ -117,11 +124,11 @@ class Agents:
 
     def _beat_on(self) -> None:
         last = 0.0
-        while not self.closed:
+        while not (self.closed or self.is_deleted):
             self.woken.wait(max(0.0, last + POLL_S - time.monotonic()))
             self.woken.clear()
-            if self.closed or self.is_deleted:
-                continue
+            if self.closed:
+                return
             last = time.monotonic()
             try:
                 self._beat()
@@ -143,12 +150,37 @@ class Agents:
                     self.adopted.remove(run)
                     self.runs[agent] = run
             runs = list(self.runs.items())
+        wanted = self.wants
         for agent, run in runs:
             # An idle agent is given a run when it shows itself: it does so only where one is wanted.
             if run is None and not self.wants:
                 continue
             for command in self._heartbeat(agent, run):
                 self._obey(agent, run, command)
+        self.num_empty = self.num_empty + 1 if wanted and self.wants else 0
+        if self.num_empty % _LOOK_EVERY == 1:
+            self._look_at_sweep()
+
+    def _look_at_sweep(self) -> None:
+        """Why there is no run: to a heartbeat a key that is refused looks as a paused sweep does."""
+        from wandb.apis.public.sweeps import _get_sweep_state
+        from wandb.sdk.lib.service.service_connection import WandbApiFailedError
+
+        sweep = self.sweep
+        try:
+            state = _get_sweep_state(
+                self.api, sweep.id, entity=sweep.entity, project=sweep.project
+            ).upper()
+        except WandbApiFailedError as error:
+            if error.response is None or error.response.http_status not in (401, 403):
+                raise
+            self.receive(Command("refused", reason=f"W&B refuses us: {first_line(error)}"))
+            return
+        if state in ENDED:
+            self.receive(Command("exit"))
+        elif state != self.state:
+            self.say(f"W&B: the sweep is {state.lower()}: waiting for runs")
+        self.state = state
 
     def _heartbeat(self, agent: str, run: str | None) -> list[dict[str, Any]]:
         from wandb.apis.public.sweeps import _agent_heartbeat

@@ -304,6 +304,43 @@ def test_count_is_the_number_of_runs_taken(
     assert len(server.runs) == len(record_of(server, home).trials) == 2
 
 
+@pytest.mark.slow
+def test_an_agent_waits_out_a_pause_and_leaves_when_its_key_is_refused(
+    server: WandbServer, home: Path, tiny_settings: dict[str, Any]
+) -> None:
+    path = create_sweep(server, home, definition(tiny_settings, lora_r=[2, 4]))
+    sweep_id = path.split("/")[-1]
+    server.set_sweep_state(sweep_id, "PAUSED")
+    process = agent(server, home, path)
+    server.wait_for(lambda: server.num_requests["GetSweepState"] >= 1, 60)
+    assert not server.runs
+    server.set_sweep_state(sweep_id, "RUNNING")
+    assert "the sweep is paused: waiting" in finish(process)
+    assert [run.state for run in server.runs.values()] == ["finished"] * 2
+
+    server.set_sweep_state(sweep_id, "PAUSED")
+    process = agent(server, home, path)
+    server.wait_for(lambda: server.num_requests["GetSweepState"] >= 2, 60)
+    server.fail("GetSweepState", 403, times=None)
+    last = finish(process, status=2).strip().splitlines()[-1]
+    assert last.startswith(f"error: {path}: W&B refuses us: ")
+
+
+@pytest.mark.slow
+def test_an_agent_of_a_deleted_sweep_ends_its_runs_and_leaves(
+    server: WandbServer, home: Path, tiny_settings: dict[str, Any]
+) -> None:
+    path = create_sweep(server, home, definition(tiny_settings, max_steps=[60], lora_r=[2, 4]))
+    process = agent(server, home, path)
+    server.wait_for(
+        lambda: len(server.runs) == 2 and all(len(r.history) > 4 for r in server.runs.values()), 120
+    )
+    server.delete_sweep(path.split("/")[-1])
+    assert "is deleted" in finish(process)
+    assert [trial.state for trial in record_of(server, home).trials] == ["complete"] * 2
+    assert {run.state for run in server.runs.values()} == {"finished"}
+
+
 def test_what_is_wrong_is_one_line(
     server: WandbServer, home: Path, tiny_settings: dict[str, Any]
 ) -> None:

@@ -126,11 +126,12 @@ class JobOptions:
         self.trackers.append(tracker)
         return tracker
 
-    def close_trackers(self, timeout_s: float = FINISH_TIMEOUT_S) -> None:
-        """Waits until W&B has what it was told, and says what it has not taken."""
+    def close_trackers(self, timeout_s: float = FINISH_TIMEOUT_S) -> int:
+        """Waits until W&B has what it was told; returns the number of runs that it has not taken."""
         left = wait_for_trackers(self.trackers, timeout_s)
         self.trackers.clear()
         if left:
             self.display.console.print(
                 f"W&B: {left} runs could not be sent; python -m sweeps.sync sends them later"
             )
+        return left

@@ -155,7 +155,7 @@ class _OneTrial(Trials):
         self.outcome = outcome
 
 
-def run_jobs(trials: Trials, *, engine: Engine, options: JobOptions) -> None:
+def run_jobs(trials: Trials, *, engine: Engine, options: JobOptions) -> int:
     """Trains until `trials` has nothing: in one pack, or through TRL one trial after the other.
 
     Args:
@@ -163,6 +163,9 @@ def run_jobs(trials: Trials, *, engine: Engine, options: JobOptions) -> None:
             in flight are left unfinished.
         engine: `packed` or `trl`; the latter neither shares stages nor ends trials early.
         options: slots, tracker, terminal.
+
+    Returns:
+        The number of runs that the tracker has not taken.
     """
     try:
         if engine == "packed":
@@ -178,7 +181,7 @@ def run_jobs(trials: Trials, *, engine: Engine, options: JobOptions) -> None:
         _forget()
         options.close_trackers(INTERRUPTED_TIMEOUT_S)
         raise
-    options.close_trackers()
+    return options.close_trackers()
 
 
 def _forget() -> None:
