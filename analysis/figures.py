@@ -15,16 +15,13 @@ from typing import Any
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from analysis.findings import compare, params_text, value_order, value_text
+from analysis.findings import Findings, compare, params_text, value_order, value_text
 from analysis.load import Results
+from analysis.look import BASELINE_COLOR, BEST_COLOR, OTHER_COLOR, PALETTE, styled
+from analysis.outlook_figures import outlook_figures
 from analysis.stats import Effect, improvement
 from training.paths import write_atomic
 
-BEST_COLOR, BASELINE_COLOR, OTHER_COLOR = "#1a7f5a", "#8a6d3b", "#7a9cc6"
-PALETTE = (
-    "#1a7f5a", "#d1495b", "#3066be", "#edae49", "#6f4a8e",
-    "#00798c", "#a05a2c", "#7f7f7f", "#b5bd00", "#e377c2",
-)  # fmt: skip
 IMAGE_SIZE = {"format": "png", "width": 1200, "scale": 2}
 NO_CHROME = (
     "no PNGs: drawing them needs a Chrome; install Debian's chromium or run `plotly_get_chrome`, "
@@ -66,15 +63,16 @@ class _EffectInfo:
     """Name (the other settings), values as text, losses."""
 
 
-def make_figures(results: Results, effects: list[Effect]) -> dict[str, go.Figure]:
+def make_figures(results: Results, findings: Findings) -> dict[str, go.Figure]:
     """Figures by file name (without suffix), in the report's order."""
+    effects, outlook = findings.effects, findings.outlook
     figures = {"experiment_comparison": _get_comparison_plot(_get_comparison_info(results))}
     curves = _get_curves_info(results)
     if curves:
         figures["loss_curves"] = _get_curves_plot(curves)
     if effects:
         figures["settings"] = _get_effects_plot(_get_effects_info(results, effects))
-    return figures
+    return figures | outlook_figures(results, outlook)
 
 
 def write_images(figures: Mapping[str, go.Figure], directory: Path) -> str | None:
@@ -199,7 +197,7 @@ def _get_comparison_plot(info: _ComparisonInfo) -> go.Figure:
     figure.update_xaxes(title=f"{info.loss_name}, nats a token{bars}", range=[0, highest])
     figure.update_yaxes(autorange="reversed", automargin=True, ticksuffix="  ")
     figure.update_layout(height=max(450, 150 + 26 * len(info.losses)))  # a label has its line
-    return _styled(figure, f"Trials by loss ({' · '.join(info.settings)})")
+    return styled(figure, f"Trials by loss ({' · '.join(info.settings)})")
 
 
 def _get_curves_info(results: Results) -> list[_Curve]:
@@ -255,7 +253,7 @@ def _get_curves_plot(curves: list[_Curve]) -> go.Figure:
     figure.update_xaxes(title="step (0 is the base model)", rangemode="tozero")
     figure.update_yaxes(title="nats a token")
     figure.update_layout(legend={"font": {"size": 12}})
-    return _styled(figure, "Loss curves: eval/loss (lines; best step large), train/loss (dotted)")
+    return styled(figure, "Loss curves: eval/loss (lines; best step large), train/loss (dotted)")
 
 
 def _get_effects_info(results: Results, effects: list[Effect]) -> list[_EffectInfo]:
@@ -294,14 +292,4 @@ def _get_effects_plot(infos: list[_EffectInfo]) -> go.Figure:
             )
         figure.update_xaxes(type="category", row=1, col=column)
     figure.update_yaxes(title="loss, nats a token", row=1, col=1)
-    return _styled(figure, "What each setting does, all others equal")
-
-
-def _styled(figure: go.Figure, title: str) -> go.Figure:
-    figure.update_layout(
-        title={"text": title, "x": 0.01, "font": {"size": 20}},
-        template="plotly_white",
-        font={"family": "Inter, Helvetica, Arial, sans-serif", "size": 14, "color": "#222"},
-        margin={"l": 70, "r": 30, "t": 80, "b": 70},
-    )
-    return figure
+    return styled(figure, "What each setting does, all others equal")

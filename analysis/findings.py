@@ -12,6 +12,7 @@ from typing import Any
 import pandas as pd
 
 from analysis.load import Results, Trial
+from analysis.outlook import Outlook, flattery, look_ahead, may_be_best
 from analysis.stats import (
     MIN_EXAMPLES,
     SEED,
@@ -35,6 +36,9 @@ class Findings:
     """What it does not show."""
     effects: list[Effect]
     """Indices in them are of `Results.scored`."""
+    outlook: Outlook
+    undetected: set[str]
+    """Settings whose effect cannot be told from chance."""
 
 
 def find(results: Results) -> Findings:
@@ -49,7 +53,9 @@ def find(results: Results) -> Findings:
         *_overfitting(results),
         *_seed_noise(results),
     ]
-    return Findings(summary, _caveats(results), effects)
+    outlook = look_ahead(results, effects)
+    undetected = {effect.setting for effect in effects if _is_undetected(results, effect)}
+    return Findings(summary + outlook.sentences, _caveats(results), effects, outlook, undetected)
 
 
 def compare(a: Trial, b: Trial, num_comparisons: int = 1) -> Interval | None:
@@ -98,23 +104,22 @@ def _best(results: Results) -> str:
 
 
 def _ties(results: Results) -> list[str]:
-    best, *others = results.ranked
-    count = _num_trained(results) - 1
-    intervals = [(trial, compare(trial, best, count)) for trial in others if trial.same_as is None]
-    known = [(trial, interval) for trial, interval in intervals if interval is not None]
-    tied = [trial for trial, interval in known if not interval.excludes_zero]
+    candidates = may_be_best(results)
+    if candidates is None:
+        return []
+    best, *tied = candidates
     if tied:
         names = ", ".join(f"{trial.name} ({trial.loss:.4f})" for trial in tied)
         cheapest = min([best, *tied], key=lambda trial: trial.num_steps or 0)
         advice = f" The one of fewest steps is {cheapest.name}." if cheapest is not best else ""
         return [f"Not to be told from the best on these examples: {names}.{advice}"]
-    if known and len(known) == len(intervals):
-        runner_up, interval = known[0]
-        return [
-            f"The runner-up, {runner_up.name}, is worse by {interval_text(interval)}: "
-            "a real difference."
-        ]
-    return []
+    others = [t for t in results.ranked if t is not best and t.same_as is None]
+    interval = compare(others[0], best) if others else None
+    if interval is None:
+        return []
+    return [
+        f"The runner-up, {others[0].name}, is worse by {interval_text(interval)}: a real difference."
+    ]
 
 
 def _against_base(results: Results) -> list[str]:
@@ -173,9 +178,19 @@ def _effects(results: Results, effects: list[Effect]) -> list[str]:
     return sentences
 
 
-def _effect_strength(results: Results, group: dict[Any, int]) -> str:
+def _is_undetected(results: Results, effect: Effect) -> bool:
+    intervals = [_group_interval(results, group) for group in effect.groups]
+    return all(interval is not None and not interval.excludes_zero for interval in intervals)
+
+
+def _group_interval(results: Results, group: dict[Any, int]) -> Interval | None:
+    """Worst against best of the trials that differ in one setting alone."""
     trials = sorted((results.scored[index] for index in group.values()), key=lambda t: t.loss or 0)
-    interval = compare(trials[-1], trials[0], len(trials) * (len(trials) - 1) // 2)
+    return compare(trials[-1], trials[0], len(trials) * (len(trials) - 1) // 2)
+
+
+def _effect_strength(results: Results, group: dict[Any, int]) -> str:
+    interval = _group_interval(results, group)
     if interval is None:
         return ""
     real = "real" if interval.excludes_zero else "not to be told from chance"
@@ -274,8 +289,10 @@ def _caveats(results: Results) -> list[str]:
         else "An interval does not hold what the seed does"
     )
     caveats.append(f"{of_seeds}: another seed may move a loss further than its interval.")
+    flattered = flattery(results)
+    amount = "a little" if flattered is None else f"by about {flattered:.4f} or more"
     caveats.append(
-        "The best trial was chosen on these validation examples, which flatters it a little; the "
+        f"The best trial was chosen on these validation examples, which flatters it {amount}; the "
         "test split is scored once, at promotion."
     )
     if results.baseline_note:

@@ -54,6 +54,7 @@ def report(source: str | Path, output_dir: Path | None = None) -> Path:
     from analysis.figures import make_figures, write_images
     from analysis.findings import find
     from analysis.load import load_source
+    from analysis.next_sweep import next_sweep
     from analysis.page import to_html, to_markdown
     from training.exceptions import DataError
     from training.paths import SweepPaths, write_text
@@ -70,8 +71,13 @@ def report(source: str | Path, output_dir: Path | None = None) -> Path:
     findings = find(results)
     page = _make_page(results, findings)
     _print_page(page)
-    figures = make_figures(results, findings.effects)
+    figures = make_figures(results, findings)
     write_text(directory / "trials.csv", _trials_csv(results))
+    following = next_sweep(results, findings.undetected)
+    if following:
+        write_text(directory / "next_sweep.yaml", following)
+        page.next_commands.append(f"python -m sweeps.run {directory / 'next_sweep.yaml'}")
+    _print_next(page)
     write_text(directory / "report.html", to_html(page, figures))
     # First without pictures: whatever drawing them does, the text is there.
     write_text(directory / "EXPERIMENT_REPORT.md", to_markdown(page, []))
@@ -186,8 +192,11 @@ def _print_page(page: "Page") -> None:
     for text in page.replay_notes:
         console.print(Text(f"- {text}"))
     console.print()
+
+
+def _print_next(page: "Page") -> None:
     for command in page.next_commands:
-        console.print(Text(f"next: {command}"), soft_wrap=True)
+        print(f"next: {command}")
 
 
 def _trials_csv(results: "Results") -> str:

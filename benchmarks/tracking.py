@@ -25,10 +25,10 @@ from training.paths import TrialPaths, write_json
 from training.tracking import ReportTo, WandbTracker
 
 RESULTS = Path(__file__).with_name("results")
-ROUNDS = 4
+ROUNDS = 3
 SETTINGS = {
-    "max_steps": 20,
-    "eval_steps": 20,
+    "max_steps": 12,
+    "eval_steps": 12,
     "max_eval_samples": 8,
     "max_length": 256,
     "per_device_train_batch_size": 2,

@@ -26,7 +26,7 @@ needs_chrome = pytest.mark.skipif(
 
 def figures_of(path) -> dict[str, Any]:
     results = load_source(path)
-    return make_figures(results, find(results).effects)
+    return make_figures(results, find(results))
 
 
 @pytest.fixture

@@ -361,7 +361,7 @@ def test_without_a_chrome_everything_but_the_pngs_is_there(paths, browser):
     [line] = [line for line in done.stdout.splitlines() if "no PNGs" in line]
     assert "plotly_get_chrome" in line
     assert {path.name for path in paths.report.iterdir()} == (
-        {"EXPERIMENT_REPORT.md", "report.html", "trials.csv"}
+        {"EXPERIMENT_REPORT.md", "report.html", "trials.csv", "next_sweep.yaml"}
     )
     assert "![" not in (paths.report / "EXPERIMENT_REPORT.md").read_text()
 

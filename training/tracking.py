@@ -206,7 +206,7 @@ class WandbTracker:
             run.write_logs(self.paths.log.read_text("utf-8", errors="replace"))
         self._log_model(run)
         run.finish(exit_code=0 if result["state"] in ("complete", "pruned") else 1)
-        if run.url and self.paths.result.is_file():  # neither offline nor interrupted
+        if not run.offline and self.paths.result.is_file():  # else it was interrupted
             _check_arrived(run, self.num_rows)
             receipt = {"run": f"{run.entity}/{run.project}/{run.id}", "url": run.url}
             write_json(self.paths.wandb_receipt, {**receipt, "log_model": self.spec.log_model})

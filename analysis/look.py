@@ -1,0 +1,20 @@
+"""The one look of all figures: colours that the colour-blind can tell apart, and the layout's template."""
+
+import plotly.graph_objects as go
+
+BEST_COLOR, BASELINE_COLOR, OTHER_COLOR = "#1a7f5a", "#8a6d3b", "#7a9cc6"
+PALETTE = (
+    "#1a7f5a", "#d1495b", "#3066be", "#edae49", "#6f4a8e",
+    "#00798c", "#a05a2c", "#7f7f7f", "#b5bd00", "#e377c2",
+)  # fmt: skip
+
+
+def styled(figure: go.Figure, title: str) -> go.Figure:
+    """The figure with title, font and margins as all others."""
+    figure.update_layout(
+        title={"text": title, "x": 0.01, "font": {"size": 20}},
+        template="plotly_white",
+        font={"family": "Inter, Helvetica, Arial, sans-serif", "size": 14, "color": "#222"},
+        margin={"l": 70, "r": 30, "t": 80, "b": 70},
+    )
+    return figure
