@@ -91,3 +91,17 @@ def test_a_server_that_refuses_is_one_line(
     assert "not sent: " in output.strip().splitlines()[-1]
     assert "Traceback" not in output
     assert not any(trial.paths.wandb_receipt.exists() for trial in swept.trials)
+
+
+def test_a_promoted_version_is_linked_to_the_registry(
+    server: WandbServer, swept: SweepRecord, tmp_path: Path
+) -> None:
+    sync = ("sweeps.sync", str(swept.paths.root), "--link_promoted", "wandb-registry-model/tiny")
+    output = finish(module(server, tmp_path, *sync), status=2)
+    assert "nothing is promoted" in output.strip().splitlines()[-1]
+    write_text(swept.paths.promotion(1).card, "# tiny\n")
+    write_text(swept.paths.current_promotion, "0001")
+    finish(module(server, tmp_path, *sync))
+    [artifact] = [a for a in server.artifacts.values() if a.name == "tiny-promoted"]
+    assert artifact.links == {"wandb-registry-model/tiny"}
+    assert "0001" in artifact.aliases

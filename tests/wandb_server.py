@@ -843,6 +843,11 @@ class WandbServer:
         """Questions about an entity's organization: it has none."""
         return {"entity": {"organization": None, "xxhashDigestsEnabled": False}}
 
+    def organization_info(self, _: Variables) -> Variables:
+        """`Run.link_artifact` into the registry: whose registry that is."""
+        organization = {"name": "acme", "orgEntity": {"name": "org_acme"}}
+        return {"entity": {"organization": organization, "user": None}}
+
     def _project_node(self, v: Variables) -> Variables:
         entity = v.get("entity") or v.get("entityName") or self.entity
         name = v.get("project") or v.get("projectName") or "uncategorized"
@@ -900,6 +905,7 @@ _HANDLERS: dict[Callable[[WandbServer, Variables], Variables], str] = {
     WandbServer.heartbeat: "Heartbeat",
     WandbServer.link_artifact: "LinkArtifact",
     WandbServer.organization: "OrganizationCoreWeaveOrganizationID XXHashDigestsEnabled",
+    WandbServer.organization_info: "FetchOrgInfoFromEntity",
     WandbServer.project_with_artifact: "ArtifactMembershipByName ArtifactType "
     "GetArtifactMembershipFileUrls",
     WandbServer.project_with_run: "HistoryPage QueryRunInfo Run RunFiles RunFullHistory RunHistoryKeys "
