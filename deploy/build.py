@@ -18,11 +18,12 @@ from transformers import AutoConfig
 
 from deploy.card import CardFacts, fallback_note, files_table, losses_table, write_card
 from deploy.export_gguf import export_gguf
+from deploy.imatrix import Importance, for_gguf, importance
 from deploy.manifest import write_manifest
 from deploy.memory import count_parameters, full_precision_device
 from deploy.merge import Merge, load_merged, merge_adapter
 from deploy.modelfile import write_modelfile
-from deploy.quantize import UNQUANTIZED, Quantization, quantize
+from deploy.quantize import UNQUANTIZED, Quantization, quantize_best
 from deploy.score import Comparison, TestScore, check_gate
 from deploy.verify import (
     ADAPTER,
@@ -38,6 +39,9 @@ from training.config import DEMO, TrialConfig
 from training.evaluate import example_losses
 from training.model import DEMO_MODEL_ID, end_token_ids, find_device
 from training.paths import PromotionPaths, write_json, write_text
+
+NUM_CHOICE_EXAMPLES = 48
+"""Validation examples that choose between a file with importance matrix and one without."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,8 @@ class Evidence:
     """What the gate let through."""
 
     tokenizer: Any
+    train: Dataset
+    validation: Dataset
     test: Dataset
     counts: Mapping[str, int]
     """Examples in each split."""
@@ -105,7 +111,12 @@ def build_version(plan: Plan, evidence: Evidence, draft: PromotionPaths, times: 
             print("(on the CPU: too large for the GPU in float32)", end="", flush=True)
         model = load_merged(draft.merged, device)
         merged = example_losses(model, scored, config.per_device_eval_batch_size)
-        del model
+    found: Importance = {}
+    if any(item.gains_from_imatrix for item in plan.quantizations):
+        with times.stage("importance matrix"):
+            calibration = evidence.train.select(range(min(2000, len(evidence.train))))
+            found = importance(model, calibration.to_list())
+    del model
     shipped = None
     if merge.base is not None:
         shipped = check_gate(merged, merge.base, "the merged model", "its full-precision base")
@@ -113,13 +124,22 @@ def build_version(plan: Plan, evidence: Evidence, draft: PromotionPaths, times: 
     f16 = draft.gguf(plan.name, UNQUANTIZED)
     with times.stage("GGUF (f16)"):
         export_gguf(draft.merged, f16, plan.name)
+    weights = for_gguf(found, f16) if found else None
+    choices = {}
     for item in plan.quantizations:
         if item.name != UNQUANTIZED:
             with times.stage(f"quantise {item.name}"):
-                quantize(f16, draft.gguf(plan.name, item.name), item)
+                outfile = draft.gguf(plan.name, item.name)
+                choices[item.name] = quantize_best(
+                    f16, outfile, item, weights, evidence.validation.to_list()[:NUM_CHOICE_EXAMPLES]
+                )
     with times.stage("verify"):
         losses = _transformers_losses(evidence, merge, merged, examples["example_id"])
-        verification = {"merge": merge.record, **_verify(plan, evidence, draft, examples, losses)}
+        verification = {
+            "merge": merge.record,
+            "importance_matrix": choices,
+            **_verify(plan, evidence, draft, examples, losses),
+        }
     write_json(draft.verification, verification)
     kept = {item.name: draft.gguf(plan.name, item.name) for item in plan.quantizations}
     if UNQUANTIZED not in kept:

@@ -138,7 +138,9 @@ def _score_and_gate(trial: TrialRecord, times: StageTimes) -> Evidence:
         f"    test loss {gate.tuned:.4f}, {BASE_4BIT if is_4bit else BASE} {gate.base:.4f}: {gate} "
         f"over {gate.num_examples} examples" + (", as scored before" if score.scored_before else "")
     )
-    return Evidence(tokenizer, splits.test, splits.counts, score, gate)
+    return Evidence(
+        tokenizer, splits.train, splits.validation, splits.test, splits.counts, score, gate
+    )
 
 
 @contextlib.contextmanager

@@ -66,6 +66,7 @@ def command(
     home.mkdir(exist_ok=True)
     environment = {**os.environ, **server.env(home / "client"), "OMP_NUM_THREADS": "1"}
     environment |= {"WANDB_MODE": "online", "PYTHONPATH": str(ROOT)}
+    environment.pop("WANDB_SERVICE", None)  # of this process, if a test here has used W&B
     if key is not None:
         environment["WANDB_API_KEY"] = key
     return subprocess.Popen(

@@ -86,10 +86,12 @@ def _losses(server: WandbServer, run_id: str) -> list[float]:
 
 
 def _command(server: WandbServer, folder: Path, *arguments: str) -> subprocess.Popen[str]:
+    # Without W&B's own process of another test, which has that one's settings.
+    inherited = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
     process = subprocess.Popen(
         [sys.executable, "-c", WANDB, *arguments],
         cwd=folder,
-        env={**os.environ, **server.env(folder / "client"), "WANDB_SILENT": "false"},
+        env={**inherited, **server.env(folder / "client"), "WANDB_SILENT": "false"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -51,6 +51,7 @@ FINISH_TIMEOUT_S = 120.0
 INTERRUPTED_TIMEOUT_S = 20.0
 """The same when the process is told to end."""
 _init_lock = threading.Lock()
+_adapter_lock = threading.Lock()
 
 
 class Tracker(Protocol):
@@ -215,10 +216,11 @@ class WandbTracker:
         is_scored = self.result.get("state") == "complete" and self.paths.adapter.is_dir()
         if self.spec.log_model == "none" or not is_scored:
             return
-        is_best = is_best_so_far(self.paths, self.result)
-        if is_best or self.spec.log_model == "all":
-            name = artifact_name(f"{self.spec.group or run.sweep_id or run.id}-adapter")
-            log_adapter(run, self.paths, self.result, name, ["best"] if is_best else [])
+        name = artifact_name(f"{self.spec.group or run.sweep_id or run.id}-adapter")
+        with _adapter_lock:  # of two that end together, the worse one must not take the alias last
+            is_best = is_best_so_far(self.paths, self.result)
+            if is_best or self.spec.log_model == "all":
+                log_adapter(run, self.paths, self.result, name, ["best"] if is_best else [])
 
 
 def log_adapter(
@@ -232,7 +234,9 @@ def log_adapter(
     artifact.add_dir(str(paths.adapter), name="adapter")
     artifact.add_dir(str(paths.evaluations), name="eval")
     artifact.add_file(str(paths.config))
-    run.log_artifact(artifact, aliases=["latest", run.id, *aliases])
+    logged = run.log_artifact(artifact, aliases=["latest", run.id, *aliases])
+    if not run.offline:
+        logged.wait(timeout=int(FINISH_TIMEOUT_S))
     run.summary[ADAPTER_KEY] = f"{name}:{run.id}"
 
 
