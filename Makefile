@@ -2,6 +2,8 @@
 SHELL := /bin/bash
 PYTHON := .venv/bin/python
 SWEEP := runs/quickstart
+# A file's tests stay in one process: what they share is made once.
+PYTEST := $(PYTHON) -m pytest -n auto --maxprocesses 4 --dist loadfile
 STARTED := $(shell date +%s)
 GPU := $(shell nvidia-smi -L 2>/dev/null)
 
@@ -33,18 +35,18 @@ promote-quickstart:
 		$(PYTHON) -m deploy.promote $(SWEEP) --quantization Q8_0 Q4_K_M; \
 	fi
 
-test: setup ## the tests: under 5 minutes on 2 cores
-	$(PYTHON) -m pytest
+test: setup ## the tests, a process a core
+	$(PYTEST)
 
 test-all: setup ## all tests: slow, on the network and, where there is a GPU, on it
-	$(PYTHON) -m pytest -m '$(if $(GPU),,not gpu)'
+	$(PYTEST) -m '$(if $(GPU),,not gpu)'
 
 check: setup ## format, lint, types, import rules, tests
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m pyright
 	.venv/bin/lint-imports
-	$(PYTHON) -m pytest
+	$(PYTEST)
 
 bench: setup ## the benchmarks of minutes in benchmarks/; benchmarks.sweep takes hours and is a command of its own
 	@found=; for file in benchmarks/[a-z]*.py; do \
