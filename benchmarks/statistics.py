@@ -15,7 +15,7 @@ import pandas as pd
 from scipy.stats import bootstrap
 
 from analysis.choice import LossTable, chances_to_be_best, optimism, summarize_seeds
-from analysis.stats import corrected, difference_interval
+from analysis.stats import difference_interval
 
 RESULTS = Path(__file__).with_name("results")
 NUM_STUDIES = 1000
@@ -81,8 +81,8 @@ def winners(num_examples: int, seed: int) -> dict[str, float]:
         false_winner += (chances >= 0.05).sum() == 1
         # What a reader does who looks at the best against one other one, once.
         order = table.losses.argsort()
-        pair = frames(LossTable(table.sums_NM[:, [order[0], order[-1]]], table.tokens_N))
-        uncorrected += difference_interval(*pair, corrected(1), num_resamples=500).excludes_zero
+        best, worst = frames(LossTable(table.sums_NM[:, [order[0], order[-1]]], table.tokens_N))
+        uncorrected += difference_interval(best, worst, num_resamples=500).excludes_zero
         flattered += (table.losses.mean() - table.losses.min()) / NUM_STUDIES
         expected += optimism(table, num_resamples=500) / NUM_STUDIES
     return {

@@ -76,7 +76,7 @@ def test_importance_and_what_is_worth_its_time_are_told(swept: SweepPaths) -> No
 def test_the_figures_of_the_outlook_show_its_numbers(swept: SweepPaths) -> None:
     results = load_source(swept.root)
     findings = find(results)
-    figures = make_figures(results, findings)
+    figures: dict[str, Any] = {**make_figures(results, findings)}
     assert {"importance", "steps", "loss_against_time", "parallel_coordinates"} <= figures.keys()
     trend = findings.outlook.trend
     assert trend is not None

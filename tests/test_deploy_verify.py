@@ -18,7 +18,7 @@ from deploy.decoder import Decoder, open_decoder
 from deploy.export_gguf import export_gguf
 from deploy.gguf_model import open_gguf
 from deploy.merge import load_merged, merge_adapter
-from deploy.quantize import check_quantizations, quantize
+from deploy.quantize import QUANTIZATIONS, check_quantizations, quantize
 from deploy.verify import (
     STRINGS,
     check_answers_end,
@@ -289,7 +289,7 @@ def test_a_failed_quantisation_leaves_no_file(tmp_path: Path) -> None:
     (tmp_path / "bad.gguf").write_bytes(b"nothing")
 
     with pytest.raises(ModelError, match=r"bad\.gguf: llama\.cpp cannot quantise it to Q4_K_M"):
-        quantize(tmp_path / "bad.gguf", tmp_path / "x.gguf", *check_quantizations(["Q4_K_M"]))
+        quantize(tmp_path / "bad.gguf", tmp_path / "x.gguf", QUANTIZATIONS["Q4_K_M"])
 
     assert [path.name for path in tmp_path.iterdir()] == ["bad.gguf"]
 
