@@ -328,6 +328,23 @@ def test_an_agent_waits_out_a_pause_and_leaves_when_its_key_is_refused(
 
 
 @pytest.mark.slow
+def test_a_rate_limit_is_waited_out_and_a_forbidden_project_is_one_line(
+    server: WandbServer, home: Path, tiny_settings: dict[str, Any]
+) -> None:
+    path = create_sweep(server, home, definition(tiny_settings, lora_r=[2, 4]))
+    server.fail("Heartbeat", 429, times=3)
+    server.fail("file_stream", 429, times=3)
+    finish(agent(server, home, path))
+    for trial in record_of(server, home).trials:
+        assert is_whole(server.runs[trial.wandb_id or ""], trial)
+        assert server.runs[trial.wandb_id or ""].state == "finished"
+    server.forbidden_projects.add("pets")
+    output = finish(agent(server, home, path), status=2)
+    assert output.strip().splitlines()[-1].startswith(f"error: {path}: W&B cannot give the sweep: ")
+    assert "Traceback" not in output
+
+
+@pytest.mark.slow
 def test_an_agent_of_a_deleted_sweep_ends_its_runs_and_leaves(
     server: WandbServer, home: Path, tiny_settings: dict[str, Any]
 ) -> None:

@@ -911,8 +911,8 @@ _HANDLERS: dict[Callable[[WandbServer, Variables], Variables], str] = {
     WandbServer.project_with_run: "HistoryPage QueryRunInfo Run RunFiles RunFullHistory RunHistoryKeys "
     "RunParquetHistory RunSampledHistory RunState SampledHistoryPage",
     WandbServer.project_with_runs: "Runs SweepWatchedRuns",
-    WandbServer.project_with_sweep: "GetAgentRuns GetSweep GetSweepAgent GetSweepAgents GetSweepState "
-    "SweepConfig SweepRunsWithHistory SweepWithRuns",
+    WandbServer.project_with_sweep: "GetAgentRuns GetSweep GetSweepAgent GetSweepAgents GetSweepLegacy "
+    "GetSweepState SweepConfig SweepRunsWithHistory SweepWithRuns",
     WandbServer.project_with_sweeps: "GetSweeps",
     WandbServer.run_resume_status: "RunResumeStatus",
     WandbServer.server_features: "ServerFeaturesQuery",
