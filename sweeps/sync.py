@@ -75,7 +75,7 @@ def sync_sweep(record: SweepRecord, options: SyncOptions) -> None:
         ConfigError: nobody has logged in to W&B.
         SweepError: W&B did not take a run.
     """
-    api = connect()
+    connect()
     console = make_console()
     ended = [trial for trial in record.all_trials if trial.result]
     left = [trial for trial in ended if not is_there(trial, options)]
@@ -100,7 +100,7 @@ def sync_sweep(record: SweepRecord, options: SyncOptions) -> None:
             console.print(f"trial {trial.number} {trial.name} ({num_sent} of {len(left)}): {url}")
     for send in (_send_report, _send_promoted):
         try:
-            if line := send(record, options, api):
+            if line := send(record, options):
                 console.print(line)
         except Exception as error:
             raise SweepError(f"{record.paths.root}: W&B: {first_line(error)}") from error
@@ -172,12 +172,23 @@ def _made_id(trial: TrialRecord) -> str:
     return hashlib.sha256(trial.paths.config.read_bytes()).hexdigest()[:8]
 
 
-def _base_id(record: SweepRecord) -> str:
+def _open_run(record: SweepRecord, options: SyncOptions, job_type: str, what: str) -> Any:
+    """A run of the sweep that is no trial; the same one each time."""
     first = record.all_trials[0]
-    return (first.wandb_id or _made_id(first)).split("-")[0]
+    base_id = (first.wandb_id or _made_id(first)).split("-")[0]
+    return wandb.init(
+        **_where(record, options),
+        id=f"{base_id}-{what.replace(' ', '-')}",
+        name=f"{record.name} {what}",
+        job_type=job_type,
+        resume="allow",
+        dir=record.paths.root,
+        reinit="create_new",
+        settings=wandb.Settings(silent=True, console="off", disable_git=True),
+    )
 
 
-def _send_report(record: SweepRecord, options: SyncOptions, api: Any) -> str | None:
+def _send_report(record: SweepRecord, options: SyncOptions) -> str | None:
     """The report and its pictures, in a run of their own; None if W&B has them or there is none."""
     root = record.paths.report
     files = sorted(path for path in root.glob("*") if path.is_file() and path.suffix != ".json")
@@ -187,16 +198,7 @@ def _send_report(record: SweepRecord, options: SyncOptions, api: Any) -> str | N
     receipt = root / "wandb.json"
     if receipt.is_file() and read_json(receipt)["sha256"] == digest:
         return None
-    with wandb.init(
-        **_where(record, options),
-        id=f"{_base_id(record)}-report",
-        name=f"{record.name} report",
-        job_type="report",
-        resume="allow",
-        dir=record.paths.root,
-        reinit="create_new",
-        settings=wandb.Settings(silent=True, console="off", disable_git=True),
-    ) as run:
+    with _open_run(record, options, "report", "report") as run:
         artifact = wandb.Artifact(artifact_name(f"{record.name}-report"), type="report")
         media: dict[str, Any] = {}
         for path in files:
@@ -210,7 +212,7 @@ def _send_report(record: SweepRecord, options: SyncOptions, api: Any) -> str | N
     return f"report: {url}"
 
 
-def _send_promoted(record: SweepRecord, options: SyncOptions, api: Any) -> str | None:
+def _send_promoted(record: SweepRecord, options: SyncOptions) -> str | None:
     """The promoted version in use, linked to the registry; None if that is not asked for."""
     if options.link_promoted is None:
         return None
@@ -218,16 +220,7 @@ def _send_promoted(record: SweepRecord, options: SyncOptions, api: Any) -> str |
     if not current.is_file():
         raise SweepError(f"{record.paths.promoted}: nothing is promoted, so nothing can be linked")
     version = record.paths.promotion(int(current.read_text()))
-    with wandb.init(
-        **_where(record, options),
-        id=f"{_base_id(record)}-promoted-{version.root.name}",
-        name=f"{record.name} promoted {version.root.name}",
-        job_type="promotion",
-        resume="allow",
-        dir=record.paths.root,
-        reinit="create_new",
-        settings=wandb.Settings(silent=True, console="off", disable_git=True),
-    ) as run:
+    with _open_run(record, options, "promotion", f"promoted {version.root.name}") as run:
         artifact = wandb.Artifact(artifact_name(f"{record.name}-promoted"), type="model")
         artifact.add_dir(str(version.root))
         logged = run.log_artifact(artifact, aliases=["latest", version.root.name])

@@ -11,11 +11,11 @@ import torch
 from training.config import TrialConfig
 from training.engine import PackedEngine
 from training.exceptions import DataError, ModelError
-from training.job import Job, JobOptions, Outcome, Trials
+from training.job import Engine, Job, JobOptions, Outcome, Trials
 from training.pack import run_pack
 from training.paths import TrialPaths, read_json
 from training.recorder import TrialRecorder
-from training.run import run_trial
+from training.run import run_jobs, run_trial
 
 
 class Queue(Trials):
@@ -67,6 +67,18 @@ def make(tiny_settings: dict[str, Any]) -> Callable[..., TrialConfig]:
         return TrialConfig.from_dict({**tiny_settings, "lora_r": 4, "max_steps": 6, **settings})
 
     return make_config
+
+
+@pytest.mark.parametrize("engine", ["packed", "trl"])
+def test_a_trial_that_is_stopped_ends_after_its_step_and_the_others_do_not(
+    make: Callable[..., TrialConfig], tmp_path: Path, engine: Engine
+) -> None:
+    queue = Queue(tmp_path, [make(), make(learning_rate=2e-3)])
+    queue.jobs[0].stop_reason = "enough"
+    run_jobs(queue, engine=engine, options=JobOptions(slots=2, report_to="none"))
+    stopped, other = queue.result(0), queue.result(1)
+    assert (stopped["state"], stopped["reason"], stopped["num_steps"]) == ("pruned", "enough", 1)
+    assert (other["state"], other["num_steps"]) == ("complete", 6)
 
 
 def test_slots_are_refilled_and_every_trial_ends_once(
