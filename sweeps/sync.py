@@ -8,7 +8,6 @@ once. The report, if there is one, goes to a run of its own.
 """
 
 import hashlib
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -144,12 +143,8 @@ def _tracker(trial: TrialRecord, record: SweepRecord, options: SyncOptions) -> W
 
 def _wait(tracker: WandbTracker) -> str | None:
     """What went wrong, once the run has been sent."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        in_time = tracker.wait(2 * FINISH_TIMEOUT_S)
-    if caught:
-        return str(caught[0].message)
-    return None if in_time else "W&B takes too long"
+    tracker.thread.join(2 * FINISH_TIMEOUT_S)
+    return tracker.problem or ("W&B takes too long" if tracker.thread.is_alive() else None)
 
 
 def _where(record: SweepRecord, options: SyncOptions) -> dict[str, Any]:

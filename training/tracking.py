@@ -111,7 +111,8 @@ class WandbTracker:
         self.paths, self.spec = TrialPaths(directory), run
         self.on_stop = on_stop or (lambda: None)
         self.problem: str | None = None
-        """What the thread has met and nobody has been warned of yet."""
+        """What the thread has met last."""
+        self.warned_of: str | None = None
         self.queue: queue.SimpleQueue[tuple[int, Mapping[str, Any]] | None] = queue.SimpleQueue()
         self.result: Mapping[str, Any] = {}
         self.num_rows = 0
@@ -136,8 +137,9 @@ class WandbTracker:
 
     def _warn(self) -> None:
         """The thread's warnings come from the thread that trains, where they can be seen and caught."""
-        problem, self.problem = self.problem, None
-        if problem:
+        problem = self.problem
+        if problem and problem != self.warned_of:
+            self.warned_of = problem
             warnings.warn(problem, RuntimeWarning, stacklevel=3)
 
     def _tell(self) -> None:
