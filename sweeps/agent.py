@@ -182,16 +182,12 @@ class AgentQueue(Trials):
                     raise self.fault
                 job = self._take_ready()
                 if job is not None:
-                    number = _number(job)
+                    number = job.number
                     self.running[number] = job
                     self.sharing.began(number, job)
                     return job
                 if not self._wants_more():
-                    if not self.waiting or self.running:
-                        return None
-                    # What waits for a stage of a trial that has ended without it.
-                    self.sharing.leaders.clear()
-                    continue
+                    return None  # what waits here waits for one that runs
                 if self.options.stop.is_set():
                     raise KeyboardInterrupt
                 if not self.agents.wants:
@@ -203,15 +199,15 @@ class AgentQueue(Trials):
 
     def began(self, job: Job, step: int) -> str | None:
         with self.changed:
-            self.sharing.passed(_number(job), step)
+            self.sharing.passed(job.number, step)
         return None
 
     def stored(self, job: Job, step: int) -> None:
         with self.changed:
-            self.sharing.stored_by(_number(job), job, step)
+            self.sharing.stored_by(job.number, job, step)
 
     def done(self, job: Job, outcome: Outcome) -> None:
-        number = _number(job)
+        number = job.number
         with self.changed:
             self.running.pop(number, None)
             self.sharing.ended(number)
@@ -359,11 +355,6 @@ class AgentQueue(Trials):
                 f"{self.paths.root}: {len(self.failures)} runs failed in a row, so the agent stops; "
                 f"the first was {self.failures[0]}"
             )
-
-
-def _number(job: Job) -> int:
-    assert job.info is not None
-    return job.info["number"]
 
 
 def _run_id(job: Job) -> str:

@@ -141,7 +141,7 @@ class TrialQueue(Trials):
                 return None
             if self._takes_known(job):
                 continue
-            number = _number(job)
+            number = job.number
             self.running[number] = job
             self.sharing.began(number, job)
             self._print_start(job)
@@ -151,24 +151,24 @@ class TrialQueue(Trials):
     def began(self, job: Job, step: int) -> str | None:
         """A trial that begins with a stage has that one's evaluations behind it."""
         # Stages that it has passed and not stored are worth no waiting.
-        self.sharing.passed(_number(job), step)
+        self.sharing.passed(job.number, step)
         self.has_nothing = False
         if not step or _is_further_seed(job):
             return None
         metrics = read_metrics(job.paths.metrics)
-        return self.pruning.forked(self._trial(_number(job)), job.config, metrics)
+        return self.pruning.forked(self._trial(job.number), job.config, metrics)
 
     def evaluated(self, job: Job, step: int, loss: float) -> str | None:
         if _is_further_seed(job):
             return None  # it is there to measure spread
-        return self.pruning.decide(self._trial(_number(job)), job.config, step, loss)
+        return self.pruning.decide(self._trial(job.number), job.config, step, loss)
 
     def stored(self, job: Job, step: int) -> None:
-        self.sharing.stored_by(_number(job), job, step)
+        self.sharing.stored_by(job.number, job, step)
         self.has_nothing = False
 
     def done(self, job: Job, outcome: Outcome) -> None:
-        number, label = _number(job), f"{job.label} {job.name}"
+        number, label = job.number, f"{job.label} {job.name}"
         self._left(number)
         if isinstance(outcome, Exception):
             self._tell(number, {"state": "failed"})
@@ -187,7 +187,7 @@ class TrialQueue(Trials):
         if job.paths.result.is_file():
             self.done(job, read_json(job.paths.result))  # it had ended, but nobody was told
             return
-        self._left(_number(job))
+        self._left(job.number)
         self.waiting.insert(0, job)
 
     def _left(self, number: int) -> None:
@@ -495,11 +495,6 @@ def further_seed(trial: FrozenTrial, seed: int) -> FrozenTrial:
 
 def _key(settings: dict[str, Any]) -> str:
     return json.dumps(settings, sort_keys=True)
-
-
-def _number(job: Job) -> int:
-    assert job.info is not None
-    return job.info["number"]
 
 
 def _is_further_seed(job: Job) -> bool:

@@ -75,17 +75,17 @@ class _RemoteTrials(Trials):
         return self.link.ask("next_job")
 
     def began(self, job: Job, step: int) -> str | None:
-        return self.link.ask("began", _number(job), step)
+        return self.link.ask("began", job.number, step)
 
     def evaluated(self, job: Job, step: int, loss: float) -> str | None:
-        return self.link.ask("evaluated", _number(job), step, loss)
+        return self.link.ask("evaluated", job.number, step, loss)
 
     def stored(self, job: Job, step: int) -> None:
-        self.link.ask("stored", _number(job), step)
+        self.link.ask("stored", job.number, step)
 
     def done(self, job: Job, outcome: Outcome) -> None:
         is_fault = isinstance(outcome, Exception)
-        self.link.ask("done", _number(job), _sendable(outcome) if is_fault else outcome)
+        self.link.ask("done", job.number, _sendable(outcome) if is_fault else outcome)
 
 
 class _RemoteDisplay(Display):
@@ -141,11 +141,6 @@ class _Lines(TextIOBase):
 
     def writable(self) -> bool:
         return True
-
-
-def _number(job: Job) -> int:
-    assert job.info is not None
-    return job.info["number"]
 
 
 def _sendable(error: Any) -> Exception:

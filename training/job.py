@@ -56,6 +56,12 @@ class Job:
     """Why the trial is to end after its next step; another thread may set it."""
 
     @property
+    def number(self) -> int:
+        """The trial's, in its sweep."""
+        assert self.info is not None
+        return self.info["number"]
+
+    @property
     def name(self) -> str:
         return (self.info or {}).get("name", self.paths.root.name)
 
