@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
+from analysis.stats import Interval, widened
 from training.exceptions import DataError
 
 NUM_RESAMPLES = 2000
@@ -118,6 +119,19 @@ def optimism(table: LossTable, num_resamples: int = NUM_RESAMPLES, seed: int = 0
     winners_B = resampled_BM.argmin(1)
     there_B = resampled_BM[np.arange(len(winners_B)), winners_B]
     return float((table.losses[winners_B] - there_B).mean())
+
+
+def loss_intervals(
+    table: LossTable, num_resamples: int = NUM_RESAMPLES, seed: int = 0
+) -> list[Interval]:
+    """95 % interval of each trial's own loss, M of them.
+
+    They hold how hard the examples are, which all trials share: two that overlap may well differ.
+    """
+    low_M, high_M = np.percentile(table.resampled(num_resamples, seed), [2.5, 97.5], axis=0)
+    count = len(table.tokens_N)
+    ends = zip(low_M, high_M, table.losses, strict=True)
+    return [widened(Interval(float(a), float(b), float(c)), count) for a, b, c in ends]
 
 
 @dataclass(frozen=True)

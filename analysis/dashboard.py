@@ -1,14 +1,15 @@
 """A live page over every sweep of a directory: `python -m analysis.dashboard [runs]`.
 
 Dash asks every two seconds with the versions of what the page shows (`dashboard_pages`); files are read
-incrementally (`live`), and what has not changed is not sent again. Nothing here changes a sweep.
+incrementally (`live`), and what has not changed is not sent again. A sweep is changed by its runner alone:
+the buttons (`dashboard_actions`) leave requests for it.
 """
 
 import errno
 import logging
 import os
 import socket
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +19,8 @@ if TYPE_CHECKING:
     from dash import Dash
 
 _DESCRIPTION = """\
-Live page over the sweeps of a directory: leaderboard, loss curves, time line, prunings, findings. It reads
-only, and needs no network.
+Live page over the sweeps of a directory: leaderboard, loss curves, time line, prunings, findings; buttons
+that stop a trial, add seeds, queue a setting and promote. It needs no network.
 
   python -m analysis.dashboard             every sweep in runs/, at http://127.0.0.1:8050/
   python -m analysis.dashboard runs/NAME   one sweep"""
@@ -39,6 +40,9 @@ class DashboardOptions:
     token: str = field(
         default="",
         metadata={"help": "Text that a browser must bring along once, as ?token=TEXT."},
+    )
+    read_only: bool = field(
+        default=False, metadata={"help": "Show no buttons, and change nothing."}
     )
 
 
@@ -69,7 +73,7 @@ def serve(root: Path, options: DashboardOptions) -> None:
     Guard(options.host, options.port, options.token)  # refuses an open address before it is taken
     listener = _listen(options)
     host, port = options.host, listener.getsockname()[1]
-    app = make_app(root, DashboardOptions(host=host, port=port, token=options.token))
+    app = make_app(root, replace(options, port=port))
     logging.getLogger("werkzeug").setLevel(logging.ERROR)  # two lines a page and second
 
     class KeepAlive(WSGIRequestHandler):
@@ -111,7 +115,7 @@ def make_app(root: Path, options: DashboardOptions) -> "Dash":
         update_title="",
         index_string=index_page(),
     )
-    pages = Pages(Runs(root), root)
+    pages = Pages(Runs(root), root, is_read_only=options.read_only)
     pages.attach(app)
 
     @server.get("/sweep/<name>/trials.csv")

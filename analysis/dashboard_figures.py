@@ -25,6 +25,7 @@ from analysis.live import LiveTrial
 STATE_COLORS = {
     "complete": "#1a7f5a",
     "running": "#3066be",
+    "stopped": "#7a5ba8",
     "pruned": "#b07d12",
     "failed": "#c23b4e",
     "damaged": "#7f7f7f",

@@ -57,6 +57,8 @@ def sweep_page(
         [("Sweeps", "/")],
         [
             html.Div(made["counts"], id="counts", className="line"),
+            html.Div(made["buttons"], id="buttons", className="buttons"),
+            html.Div(made["waiting"], id="waiting"),
             views.section("Leaderboard", "board", made["board"]),
             html.H2("Loss curves"),
             html.Div(controls, className="controls"),
@@ -86,8 +88,11 @@ def trial_page(sweep: str, trial: LiveTrial, made: Mapping[str, Any], seen: Any)
         trail,
         [
             html.Div(made["trial-line"], id="trial-line", className="line"),
+            html.Div(made["trial-buttons"], id="trial-buttons", className="buttons"),
+            html.Div(made["trial-waiting"], id="trial-waiting"),
             html.H2("Curves"),
             html.Div(id="trial-curves-box", className="card drawing tall"),
+            views.section("Samples", "trial-samples", made["trial-samples"]),
             html.Div(
                 [
                     views.section("Settings", "trial-settings", made["trial-settings"]),

@@ -3,6 +3,7 @@
 Only whole lines that are new are read. What is no record of ours is left out: a file may say anything.
 """
 
+import fcntl
 import io
 import json
 import math
@@ -150,6 +151,29 @@ def signature(path: Path) -> tuple[int, ...]:
     except OSError:
         return ()
     return stat.st_ino, stat.st_mtime_ns, stat.st_size
+
+
+def file_end(path: Path, num_bytes: int) -> str:
+    """The last bytes of a text file; empty if it is not there."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(0, 2)
+            file.seek(max(0, file.tell() - num_bytes))
+            return file.read().decode("utf-8", "replace")
+    except OSError:
+        return ""
+
+
+def is_locked(path: Path) -> bool:
+    """Whether a process holds the lock file."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # there is none
+        return False
+    return False
 
 
 def _parse_bulk(data: bytes) -> np.ndarray | None:

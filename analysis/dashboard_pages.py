@@ -4,24 +4,32 @@ A page keeps `seen`, a mark for each of its parts. `Pages` compares them with th
 part whose mark is the same stays as it is (`no_update`), and if all do, the answer is empty.
 """
 
+import os
 import threading
+import time
 import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote
 
-from dash import Dash, Input, Output, State, dcc, html, no_update
+from dash import ALL, Dash, Input, Output, State, ctx, dcc, html, no_update
 from dash.exceptions import PreventUpdate
 
+from analysis import dashboard_controls as controls
 from analysis import dashboard_layouts as layouts
 from analysis import dashboard_views as views
+from analysis.dashboard_actions import LABELS, Actions, error_line
 from analysis.dashboard_figures import Drawings, trial_curves
 from analysis.dashboard_layouts import EVERYONE
+from analysis.dashboard_lines import file_end
 from analysis.dashboard_rows import label, shown_trials, trials_csv
+from analysis.dashboard_samples import samples_view
 from analysis.dashboard_statistics import StatisticsWorker
 from analysis.dashboard_style import KEEP_ADDRESS, ON_ADDRESS
 from analysis.live import LiveSweep, LiveTrial, Runs
+from sweeps.requests import pending_requests
+from training.exceptions import LoraloomError
 
 READ_S = 0.1
 """For so long a request reads; what is left is read in the background."""
@@ -41,6 +49,8 @@ _SWEEP_PARTS = (
     ("timeline-box", "children"),
     ("decisions", "children"),
     ("chosen", "options"),
+    ("buttons", "children"),
+    ("waiting", "children"),
 )
 _LATER = ("curves-box", "timeline-box", "trial-curves-box", "chosen")
 _TRIAL_PARTS = (
@@ -49,14 +59,18 @@ _TRIAL_PARTS = (
     ("trial-result", "children"),
     ("trial-settings", "children"),
     ("trial-log", "children"),
+    ("trial-samples", "children"),
+    ("trial-buttons", "children"),
+    ("trial-waiting", "children"),
 )
 
 
 class Pages:
     """Pages over the sweeps of `runs`."""
 
-    def __init__(self, runs: Runs, root: Path):
+    def __init__(self, runs: Runs, root: Path, *, is_read_only: bool = False):
         self.runs, self.root = runs, root
+        self.actions = Actions(is_read_only=is_read_only)
         self._workers: dict[int, StatisticsWorker] = {}
         self._drawn: dict[int, Drawings] = {}
         self._lock = threading.Lock()
@@ -67,7 +81,9 @@ class Pages:
             [
                 dcc.Location(id="address", refresh="callback-nav"),
                 dcc.Store(id="nothing"),
+                html.P(id="outcome", role="status"),
                 html.Div(id="page"),
+                *controls.dialog(self.actions.secret),
             ]
         )
         app.callback(
@@ -103,24 +119,106 @@ class Pages:
             State("trial-seen", "data"),
         )(self.update_trial)
 
+        self._attach_actions(app)
+
+    def _attach_actions(self, app: Dash) -> None:
+        app.callback(
+            Output("ask-title", "children"),
+            Output("ask-body", "children"),
+            Output("ask-error", "children"),
+            Output("ask-go", "children"),
+            Output("ask-go", "disabled"),
+            Output("asked", "data"),
+            Input({"do": ALL}, "n_clicks"),
+            State("address", "pathname"),
+            prevent_initial_call=True,
+        )(self.ask)
+        app.callback(
+            Output("ask-error", "children", allow_duplicate=True),
+            Output("outcome", "children"),
+            Output("done", "data"),
+            Input("order", "data"),
+            running=[(Output("ask-go", "disabled"), True, False)],
+            prevent_initial_call=True,
+        )(self.obey)
+        nothing = Output("nothing", "data", allow_duplicate=True)
+        app.clientside_callback(
+            controls.SHOW_DIALOG, nothing, Input("asked", "data"), prevent_initial_call=True
+        )
+        app.clientside_callback(
+            controls.SEND_ORDER,
+            Output("order", "data"),
+            Input("ask-go", "n_clicks"),
+            State("asked", "data"),
+            State("secret", "data"),
+            prevent_initial_call=True,
+        )
+        app.clientside_callback(
+            controls.CLOSE_DIALOG,
+            nothing,
+            Input("ask-cancel", "n_clicks"),
+            Input("done", "data"),
+            Input("address", "pathname"),
+            prevent_initial_call=True,
+        )
+
+    # Actions
+
+    def ask(self, clicks: list[int | None], pathname: str | None) -> Any:
+        """The dialog's content for the button that was pressed."""
+        if not any(clicks) or not isinstance(ctx.triggered_id, dict):
+            raise PreventUpdate  # the buttons have come, nobody has pressed one
+        action = ctx.triggered_id["do"]
+        sweep, trial = self._place(pathname)
+        if sweep is None or action not in LABELS:
+            raise PreventUpdate
+        title, asked = LABELS[action], {"path": pathname, "time": time.time()}
+        try:
+            question = self.actions.ask(action, sweep, trial, self._worker(sweep).current())
+        except (LoraloomError, OSError) as error:
+            return title, [], error_line(error), title, True, asked
+        body = controls.question_body(question)
+        asked |= {"action": question.action, "numbers": list(question.numbers)}
+        return title, body, "", title, False, asked
+
+    def obey(self, order: Any) -> Any:
+        """Does what was confirmed in the dialog: an error stands in it, an outcome above the page."""
+        sweep, _ = self._place(_of(order, "path"))
+        if sweep is None:
+            return "There is no such sweep here any more.", no_update, no_update
+        try:
+            outcome = self.actions.obey(order, sweep)
+        except (LoraloomError, OSError) as error:
+            return error_line(error), no_update, no_update
+        return "", outcome, time.time()
+
     # Pages
 
     def page(self, pathname: str | None, search: str | None) -> Any:
         """The page at an address; names in it are looked up, never opened."""
-        match [unquote(part) for part in (pathname or "/").strip("/").split("/")]:
-            case [""]:
-                return self._sweeps_page()
-            case ["sweep", name] if (sweep := self.runs.sweep(name)) is not None:
-                return self._sweep_page(sweep, search or "")
-            case ["sweep", name, "trial", number] if (sweep := self.runs.sweep(name)) is not None:
-                sweep.follow(READ_S)
-                trial = (
-                    sweep.trial(int(number)) if number.isdecimal() and len(number) < 10 else None
-                )
-                if trial is not None:
-                    return self._trial_page(sweep, trial)
+        if (pathname or "/") == "/":
+            return self._sweeps_page()
+        sweep, trial = self._place(pathname)
+        if sweep is not None and trial is not None:
+            return self._trial_page(sweep, trial)
+        if sweep is not None:
+            return self._sweep_page(sweep, search or "")
         text = "There is no such sweep or trial here."
         return views.frame("Not found", [("Sweeps", "/")], [views.message(text)])
+
+    def _place(self, pathname: Any) -> tuple[LiveSweep | None, LiveTrial | None]:
+        """The sweep and the trial that an address names, as far as they are there."""
+        if not isinstance(pathname, str):
+            return None, None
+        match [unquote(part) for part in pathname.strip("/").split("/")]:
+            case ["sweep", name] if (sweep := self.runs.sweep(name)) is not None:
+                return sweep, None
+            case ["sweep", name, "trial", number] if (sweep := self.runs.sweep(name)) is not None:
+                sweep.follow(READ_S)
+                is_number = number.isdecimal() and len(number) < 10
+                trial = sweep.trial(int(number)) if is_number else None
+                return (None, None) if trial is None else (sweep, trial)
+        return None, None
 
     def csv(self, name: str) -> str | None:
         """trials.csv of a sweep; None if there is none of that name."""
@@ -144,7 +242,7 @@ class Pages:
         return layouts.sweep_page(sweep.name, made, seen, chosen, everyone=everyone)
 
     def _trial_page(self, sweep: LiveSweep, trial: LiveTrial) -> Any:
-        parts = self._trial_parts(trial)
+        parts = self._trial_parts(sweep, trial)
         made, marks = _texts(parts)
         seen = {"name": sweep.name, "number": trial.number, "marks": marks}
         return layouts.trial_page(sweep.name, trial, made, seen)
@@ -173,7 +271,7 @@ class Pages:
         trial = sweep.trial(number)
         if trial is None:
             raise PreventUpdate
-        return _changed(self._trial_parts(trial), _TRIAL_PARTS, seen)
+        return _changed(self._trial_parts(sweep, trial), _TRIAL_PARTS, seen)
 
     # Parts
 
@@ -224,13 +322,14 @@ class Pages:
                 records,
                 lambda: [{"label": label(trial), "value": trial.number} for trial in trials],
             ),
+            **self._action_parts("", sweep, self.actions.on_sweep(trials)),
         }
 
-    def _trial_parts(self, trial: LiveTrial) -> Parts:
+    def _trial_parts(self, sweep: LiveSweep, trial: LiveTrial) -> Parts:
         result = trial.record.result if trial.record else {}
         settings = trial.record.settings if trial.record else {}
         mark = [trial.version, trial.changed_s, trial.state]
-        text = _log_end(trial.paths.log)
+        text = file_end(trial.paths.log, _LOG_BYTES)
         return {
             "trial-line": (mark, lambda: views.trial_line(trial)),
             "trial-curves-box": (
@@ -240,6 +339,28 @@ class Pages:
             "trial-result": (mark[1:], lambda: views.facts(result, "Result")),
             "trial-settings": (mark[1:], lambda: views.facts(settings, "Settings")),
             "trial-log": ([zlib.crc32(text.encode())], lambda: views.log(text)),
+            "trial-samples": (
+                _samples_mark(trial),
+                lambda: samples_view(trial.record.samples() if trial.record else {}),
+            ),
+            **self._action_parts("trial-", sweep, self.actions.on_trial(trial)),
+        }
+
+    def _action_parts(self, prefix: str, sweep: LiveSweep, actions: list[str]) -> Parts:
+        pending = pending_requests(sweep.paths)
+        promotion = self.actions.promotions.state(sweep.paths)
+        is_running, root = sweep.is_running, str(sweep.paths.root)
+        mark = [
+            [request["id"] for request in pending],
+            is_running,
+            promotion and [promotion.text, zlib.crc32(promotion.log.encode())],
+        ]
+        return {
+            f"{prefix}buttons": (actions, lambda: controls.buttons(actions)),
+            f"{prefix}waiting": (
+                mark,
+                lambda: controls.waiting(pending, promotion, is_running=is_running, root=root),
+            ),
         }
 
     def _worker(self, sweep: LiveSweep) -> StatisticsWorker:
@@ -281,11 +402,9 @@ def _of(seen: Any, name: str) -> Any:
     return seen.get(name) if isinstance(seen, dict) else None
 
 
-def _log_end(path: Path) -> str:
+def _samples_mark(trial: LiveTrial) -> Any:
     try:
-        with open(path, "rb") as file:
-            file.seek(0, 2)
-            file.seek(max(0, file.tell() - _LOG_BYTES))
-            return file.read().decode("utf-8", "replace")
+        entries = [(entry.name, entry.stat().st_mtime) for entry in os.scandir(trial.paths.samples)]
     except OSError:
-        return ""
+        return []
+    return [list(entry) for entry in sorted(entries)]

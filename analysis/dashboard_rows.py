@@ -106,7 +106,7 @@ def max_steps_text(trial: LiveTrial) -> str:
 def loss_text(trial: LiveTrial) -> str:
     if trial.loss is None:
         return ""
-    return f"{trial.loss:.4f}" + (" so far" if trial.state == "running" else "")
+    return f"{trial.loss:.4f}" + (" so far" if trial.state in ("running", "stopped") else "")
 
 
 def difference_text(trial: LiveTrial, trials: Sequence[LiveTrial], statistics: Statistics) -> str:

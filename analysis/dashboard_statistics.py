@@ -17,7 +17,8 @@ from typing import Any
 
 from analysis.findings import compare, find
 from analysis.live import LiveSweep
-from analysis.load import load_source
+from analysis.outlook import may_be_best
+from analysis.readable import load_readable
 from analysis.stats import Interval
 from training.exceptions import LoraloomError
 
@@ -36,10 +37,14 @@ class Statistics:
     """Number of the best trial."""
     intervals: Mapping[int, Interval] = field(default_factory=dict)
     """Loss minus the best one's, by the trial's number."""
+    tied: tuple[int, ...] = ()
+    """Numbers of the trials that may be the best one, the best first; empty while that is not known."""
     findings: tuple[str, ...] = ()
     caveats: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
+    """A line for each trial that has a damaged file and is not in all this."""
     problem: str | None = None
-    """Why there is nothing."""
+    """Why there are no findings."""
 
 
 class StatisticsWorker:
@@ -90,19 +95,25 @@ class StatisticsWorker:
                 self.known = replace(_decoded(line), version=self.known.version + 1)
         if process.returncode:
             problem = "they could not be computed from these files"
-            self.known = Statistics(self.known.version + 1, problem=problem)
+            self.known = replace(self.known, version=self.known.version + 1, problem=problem)
         self._not_before = time.monotonic() + _GAP_S + _REST * (time.monotonic() - begin)
 
 
 def compute(root: Path) -> Iterator[Statistics]:
     """What is known after each part of the work."""
     try:
-        results = load_source(root)
+        results, left_out = load_readable(root)
     except LoraloomError as error:
         yield Statistics(problem=str(error))
         return
+    known = Statistics(left_out=tuple(left_out))
+    if not results.scored:
+        yield replace(
+            known, problem=f"{root}: no trial has finished, so there is nothing to report on"
+        )
+        return
     best = results.best
-    known = Statistics(best=best.number)
+    known = replace(known, best=best.number)
     yield known
     intervals = {}
     for trial in results.ranked:
@@ -113,7 +124,10 @@ def compute(root: Path) -> Iterator[Statistics]:
     known = replace(known, intervals=intervals)
     yield known
     found = find(results)
-    yield replace(known, findings=tuple(found.summary), caveats=tuple(found.caveats))
+    known = replace(known, findings=tuple(found.summary), caveats=tuple(found.caveats))
+    yield known
+    tied = may_be_best(results, found.table) or ()
+    yield replace(known, tied=tuple(trial.number for trial in tied))
 
 
 def _encoded(statistics: Statistics) -> str:
@@ -123,7 +137,7 @@ def _encoded(statistics: Statistics) -> str:
 def _decoded(line: str) -> Statistics:
     values: dict[str, Any] = json.loads(line)
     intervals = {int(key): Interval(**value) for key, value in values["intervals"].items()}
-    texts = {name: tuple(values[name]) for name in ("findings", "caveats")}
+    texts = {name: tuple(values[name]) for name in ("tied", "findings", "caveats", "left_out")}
     return Statistics(**{**values, "intervals": intervals, **texts})
 
 

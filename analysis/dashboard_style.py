@@ -28,12 +28,12 @@ CSS
 CSS = """\
 :root {
   --page: #fafaf8; --card: #fff; --line: #e3e1da; --text: #222; --faint: #5f5f5f; --link: #1d5fa8;
-  --accent: #1a7f5a; --best: #e8f4ee; --grid: #e6e4de; --warn: #fdf8ec; --ring: #3066be;
+  --accent: #1a7f5a; --best: #e8f4ee; --grid: #e6e4de; --warn: #fdf8ec; --ring: #3066be; --stopped: #6b4a9c;
   --complete: #12684a; --running: #2253a3; --pruned: #7d5605; --failed: #a82438; --damaged: #5a5a5a;
 }
 @media (prefers-color-scheme: dark) { :root {
   --page: #16181c; --card: #1f2227; --line: #353a42; --text: #e6e6e3; --faint: #a9adb4; --link: #8cbcf5;
-  --accent: #5cc79b; --best: #1d3a30; --grid: #353a42; --warn: #2d281b; --ring: #8cbcf5;
+  --accent: #5cc79b; --best: #1d3a30; --grid: #353a42; --warn: #2d281b; --ring: #8cbcf5; --stopped: #c9b0f0;
   --complete: #6bd3a8; --running: #93bbff; --pruned: #e6bd67; --failed: #ff96a4; --damaged: #b5b5b5;
 } }
 :root, body {
@@ -76,7 +76,7 @@ td.left { text-align: left; }
 td.long { white-space: normal; min-width: 300px; max-width: 560px; }
 .state { font-weight: 600; }
 .complete { color: var(--complete); } .running { color: var(--running); } .pruned { color: var(--pruned); }
-.failed { color: var(--failed); } .damaged { color: var(--damaged); }
+.stopped { color: var(--stopped); } .failed { color: var(--failed); } .damaged { color: var(--damaged); }
 .drawing { padding: 6px; min-height: 440px; } .drawing .dash-graph { height: 440px; }
 .drawing.low, .drawing.low .dash-graph { height: 340px; min-height: 0; }
 .drawing.tall, .drawing.tall .dash-graph { height: 620px; }
@@ -91,6 +91,25 @@ details.card, .controls details { border: 1px solid var(--line); border-radius: 
            max-height: 220px; overflow: auto; padding: 4px 18px 12px; }
 .controls label { color: var(--text); min-width: 0; overflow-wrap: anywhere; }
 .controls input { accent-color: var(--accent); }
+.buttons { display: flex; flex-wrap: wrap; gap: 8px; margin: 8px 0; } .buttons:empty { display: none; }
+button.act, .buttons button { font: inherit; font-size: 15px; padding: 6px 14px; border-radius: 8px;
+  border: 1px solid var(--faint); background: var(--card); color: var(--text); cursor: pointer; }
+.buttons button.go { background: var(--link); border-color: var(--link); color: var(--page); }
+.buttons button:disabled { opacity: .5; cursor: default; }
+dialog { color: var(--text); padding: 14px 20px; width: min(520px, calc(100vw - 64px)); }
+dialog::backdrop { background: #0007; }
+dialog h2 { margin: 4px 0; } #ask-error { color: var(--failed); margin: 6px 0; overflow-wrap: anywhere; }
+#ask-error:empty, #outcome:empty { display: none; }
+#outcome { max-width: 1280px; margin: 12px auto 0; padding: 0 20px; color: var(--complete); }
+.field { display: grid; grid-template-columns: 1fr 1fr; gap: 4px 12px; align-items: center; margin: 8px 0;
+         overflow-wrap: anywhere; }
+.field select, .field input { font: inherit; font-size: 15px; padding: 5px 8px; min-width: 0; width: 100%;
+  box-sizing: border-box; background: var(--card); color: var(--text); border: 1px solid var(--faint);
+  border-radius: 6px; }
+.sample { padding: 8px 18px; margin-bottom: 10px; } .prompt { font-weight: 600; }
+.prompt, .said { white-space: pre-wrap; overflow-wrap: anywhere; margin: 4px 0; }
+.answers { display: grid; grid-auto-flow: column; grid-auto-columns: minmax(240px, 1fr); gap: 0 18px;
+           overflow-x: auto; padding-bottom: 4px; }
 .dash-graph .main-svg { background: transparent !important; }
 .dash-graph rect.bg { fill: transparent !important; }
 .dash-graph .xtick text, .dash-graph .ytick text, .dash-graph .y2tick text, .dash-graph .y3tick text,

@@ -32,7 +32,7 @@ from analysis.dashboard_statistics import Statistics
 from analysis.live import LiveSweep, LiveTrial
 
 NUM_DECISIONS = 200
-_STATES = ("running", "complete", "pruned", "failed", "damaged")
+_STATES = ("running", "complete", "pruned", "stopped", "failed", "damaged")
 
 
 def sweep_address(name: str) -> str:
@@ -133,11 +133,15 @@ def leaderboard(
 
 
 def findings_list(statistics: Statistics) -> Any:
+    left_out = [
+        html.P(f"Left out: {text}", className="card text caveats") for text in statistics.left_out
+    ]
     if statistics.problem:
-        return message(f"None yet: {statistics.problem}.")
+        return [*left_out, message(f"None yet: {statistics.problem}.")]
     if not statistics.findings:
-        return message("Being computed…")
+        return [*left_out, message("Being computed…")]
     return [
+        *left_out,
         html.Ul([html.Li(text) for text in statistics.findings], className="card text list"),
         html.Details(
             [

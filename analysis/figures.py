@@ -15,11 +15,13 @@ from typing import Any
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from analysis.findings import Findings, compare, params_text, value_order, value_text
+from analysis.findings import Findings, params_text, value_order, value_text
 from analysis.load import Results
 from analysis.look import BASELINE_COLOR, BEST_COLOR, OTHER_COLOR, PALETTE, styled
 from analysis.outlook_figures import outlook_figures
-from analysis.stats import Effect, improvement
+from analysis.run_figures import run_figures
+from analysis.slice_figures import slice_figures
+from analysis.stats import Effect, Interval, improvement
 from training.paths import write_atomic
 
 IMAGE_SIZE = {"format": "png", "width": 1200, "scale": 2}
@@ -49,14 +51,6 @@ class _ComparisonInfo:
 
 
 @dataclass(frozen=True)
-class _Curve:
-    name: str
-    train: list[tuple[int, float]]
-    evaluated: list[tuple[int, float]]
-    best_step: int | None
-
-
-@dataclass(frozen=True)
 class _EffectInfo:
     setting: str
     lines: list[tuple[str, list[str], list[float]]]
@@ -66,13 +60,16 @@ class _EffectInfo:
 def make_figures(results: Results, findings: Findings) -> dict[str, go.Figure]:
     """Figures by file name (without suffix), in the report's order."""
     effects, outlook = findings.effects, findings.outlook
-    figures = {"experiment_comparison": _get_comparison_plot(_get_comparison_info(results))}
-    curves = _get_curves_info(results)
-    if curves:
-        figures["loss_curves"] = _get_curves_plot(curves)
+    figures = {
+        "experiment_comparison": _get_comparison_plot(
+            _get_comparison_info(results, findings.against_baseline)
+        )
+    }
+    runs = run_figures(results, findings.histories)
+    figures |= {name: figure for name, figure in runs.items() if name == "loss_curves"}
     if effects:
         figures["settings"] = _get_effects_plot(_get_effects_info(results, effects))
-    return figures | outlook_figures(results, outlook)
+    return figures | slice_figures(results, findings) | outlook_figures(results, outlook) | runs
 
 
 def write_images(figures: Mapping[str, go.Figure], directory: Path) -> str | None:
@@ -112,13 +109,13 @@ def _copy(source: Path, target: Path) -> None:
     shutil.copyfile(source, target)
 
 
-def _get_comparison_info(results: Results) -> _ComparisonInfo:
+def _get_comparison_info(
+    results: Results, against_baseline: Mapping[int, Interval]
+) -> _ComparisonInfo:
     ranked = results.ranked
     baseline = results.baseline.loss or 0
     # Paired: intervals of the losses themselves overlap even where every difference is real.
-    intervals = [
-        None if trial is results.baseline else compare(trial, results.baseline) for trial in ranked
-    ]
+    intervals = [against_baseline.get(trial.number) for trial in ranked]
     intervals = [i if i and math.isfinite(i.high) else None for i in intervals]
     known = any(intervals)
     return _ComparisonInfo(
@@ -198,62 +195,6 @@ def _get_comparison_plot(info: _ComparisonInfo) -> go.Figure:
     figure.update_yaxes(autorange="reversed", automargin=True, ticksuffix="  ")
     figure.update_layout(height=max(450, 150 + 26 * len(info.losses)))  # a label has its line
     return styled(figure, f"Trials by loss ({' · '.join(info.settings)})")
-
-
-def _get_curves_info(results: Results) -> list[_Curve]:
-    curves = []
-    for trial in results.trials:
-        if trial.same_as is not None:
-            continue
-        lines = trial.metrics()
-        train = [(line["step"], line["train/loss"]) for line in lines if line.get("train/loss")]
-        evaluated = [(line["step"], line["eval/loss"]) for line in lines if line.get("eval/loss")]
-        if train or len(evaluated) > 1:
-            curves.append(_Curve(trial.name, _smoothed(train), evaluated, trial.best_step))
-    return curves
-
-
-def _smoothed(points: list[tuple[int, float]], weight: float = 0.85) -> list[tuple[int, float]]:
-    """Exponential moving average, corrected at its start as in Adam (Kingma & Ba 2015)."""
-    smooth, average = [], 0.0
-    for number, (step, value) in enumerate(points, 1):
-        average = weight * average + (1 - weight) * value
-        smooth.append((step, average / (1 - weight**number)))
-    return smooth
-
-
-def _get_curves_plot(curves: list[_Curve]) -> go.Figure:
-    figure = go.Figure()
-    for number, curve in enumerate(curves):
-        color = PALETTE[number % len(PALETTE)]
-        if curve.train:
-            steps, losses = zip(*curve.train, strict=True)
-            figure.add_scatter(
-                x=steps,
-                y=losses,
-                mode="lines",
-                line={"color": color, "width": 1, "dash": "dot"},
-                opacity=0.45,
-                legendgroup=curve.name,
-                showlegend=False,
-                name=f"{curve.name} train/loss (smoothed)",
-            )
-        if curve.evaluated:
-            steps, losses = zip(*curve.evaluated, strict=True)
-            sizes = [13 if step == curve.best_step else 6 for step in steps]
-            figure.add_scatter(
-                x=steps,
-                y=losses,
-                mode="lines+markers",
-                line={"color": color, "width": 2.5},
-                marker={"size": sizes},
-                legendgroup=curve.name,
-                name=curve.name,
-            )
-    figure.update_xaxes(title="step (0 is the base model)", rangemode="tozero")
-    figure.update_yaxes(title="nats a token")
-    figure.update_layout(legend={"font": {"size": 12}})
-    return styled(figure, "Loss curves: eval/loss (lines; best step large), train/loss (dotted)")
 
 
 def _get_effects_info(results: Results, effects: list[Effect]) -> list[_EffectInfo]:

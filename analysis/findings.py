@@ -11,8 +11,13 @@ from typing import Any
 
 import pandas as pd
 
+from analysis.choice import LossTable
+from analysis.cost import Cost, sweep_cost
+from analysis.dashboard_lines import STEP, TRAIN
+from analysis.history import History, read_histories
+from analysis.interactions import Interaction, interactions
 from analysis.load import Results, Trial
-from analysis.outlook import Outlook, flattery, look_ahead, may_be_best
+from analysis.outlook import Outlook, flattery, look_ahead, loss_table, may_be_best, trained
 from analysis.stats import (
     MIN_EXAMPLES,
     SEED,
@@ -39,23 +44,49 @@ class Findings:
     outlook: Outlook
     undetected: set[str]
     """Settings whose effect cannot be told from chance."""
+    interactions: list[Interaction] | None
+    """None where the trials are too few to tell."""
+    table: LossTable | None
+    """Per-example losses of `trained(results)`; None where some are missing."""
+    against_baseline: dict[int, Interval]
+    """By trial number, of the trials that have losses on the baseline's examples."""
+    histories: dict[int, History]
+    """By trial number; none of a CSV."""
+    cost: Cost | None
 
 
 def find(results: Results) -> Findings:
     """Reads the findings off the results."""
     effects = main_effects(*_table(results))
+    table = loss_table(trained(results))
+    histories = read_histories(results.sweep)
     summary = [
         _best(results),
-        *_ties(results),
+        *_ties(results, table),
         *_against_base(results),
         *_effects(results, effects),
         *_at_the_edge(results),
-        *_overfitting(results),
+        *_overfitting(results, histories),
         *_seed_noise(results),
     ]
-    outlook = look_ahead(results, effects)
-    undetected = {effect.setting for effect in effects if _is_undetected(results, effect)}
-    return Findings(summary + outlook.sentences, _caveats(results), effects, outlook, undetected)
+    pairs = interactions(
+        [trial.params for trial in results.compared],
+        [trial.loss or 0.0 for trial in results.compared],
+        [name for name in results.settings if name != SEED],
+    )
+    outlook = look_ahead(results, effects, pairs)
+    return Findings(
+        summary=summary + outlook.sentences,
+        caveats=_caveats(results, table),
+        effects=effects,
+        outlook=outlook,
+        undetected={effect.setting for effect in effects if _is_undetected(results, effect)},
+        interactions=pairs,
+        table=table,
+        against_baseline=_against_baseline(results),
+        histories=histories,
+        cost=sweep_cost(results, histories),
+    )
 
 
 def compare(a: Trial, b: Trial, num_comparisons: int = 1) -> Interval | None:
@@ -103,8 +134,14 @@ def _best(results: Results) -> str:
     return f"{text}{_verdict(interval)}."
 
 
-def _ties(results: Results) -> list[str]:
-    candidates = may_be_best(results)
+def _against_baseline(results: Results) -> dict[int, Interval]:
+    baseline = results.baseline
+    found = {t.number: compare(t, baseline) for t in results.scored if t is not baseline}
+    return {number: interval for number, interval in found.items() if interval is not None}
+
+
+def _ties(results: Results, table: LossTable | None) -> list[str]:
+    candidates = may_be_best(results, table)
     if candidates is None:
         return []
     best, *tied = candidates
@@ -216,7 +253,7 @@ def _at_the_edge(results: Results) -> list[str]:
     return sentences
 
 
-def _overfitting(results: Results) -> list[str]:
+def _overfitting(results: Results, histories: dict[int, History]) -> list[str]:
     sentences = {
         True: "while train loss went on falling: overfitting",
         False: "and train loss did not go on falling: unstable",
@@ -224,14 +261,16 @@ def _overfitting(results: Results) -> list[str]:
     }
     found: dict[bool | None, list[str]] = {}
     for trial in results.scored:
-        if trial.same_as is not None:
+        history = histories.get(trial.number)
+        if history is None or trial.same_as is not None or trial.best_step == trial.num_steps:
             continue
-        evaluations = [line for line in trial.metrics() if line.get("eval/loss") is not None]
         # The best step is the lowest of all evaluations, so that any other one looks higher.
-        interval = _interval(trial.last_example_losses(), trial.example_losses(), len(evaluations))
+        interval = _interval(
+            trial.last_example_losses(), trial.example_losses(), len(history.evaluated)
+        )
         if interval is not None and interval.low > 0:
             name = f"{trial.name} (best at step {trial.best_step} of {trial.num_steps})"
-            found.setdefault(_goes_on_falling(trial), []).append(name)
+            found.setdefault(_goes_on_falling(trial, history), []).append(name)
     return [
         f"Held-out loss rises again before the end in {', '.join(found[falls])}, {sentence}."
         for falls, sentence in sentences.items()
@@ -239,18 +278,13 @@ def _overfitting(results: Results) -> list[str]:
     ]
 
 
-def _goes_on_falling(trial: Trial) -> bool | None:
+def _goes_on_falling(trial: Trial, history: History) -> bool | None:
     """Whether train loss after the best step is below that of as many steps before; None: not known."""
-    losses = [
-        (line["step"], line["train/loss"])
-        for line in trial.metrics()
-        if line.get("train/loss") is not None
-    ]
-    after = [loss for step, loss in losses if step > (trial.best_step or 0)]
-    before = [loss for step, loss in losses if step <= (trial.best_step or 0)][-len(after) :]
-    if not after or not before:
-        return None
-    return sum(after) / len(after) < sum(before) / len(before)
+    steps, losses = history.train[:, STEP], history.train[:, TRAIN]
+    is_after = steps > (trial.best_step or 0)
+    after = losses[is_after]
+    before = losses[~is_after][-len(after) :]
+    return bool(after.mean() < before.mean()) if len(after) and len(before) else None
 
 
 def _seed_noise(results: Results) -> list[str]:
@@ -265,7 +299,7 @@ def _seed_noise(results: Results) -> list[str]:
     ]
 
 
-def _caveats(results: Results) -> list[str]:
+def _caveats(results: Results, table: LossTable | None) -> list[str]:
     caveats = []
     if results.sweep is None:
         caveats.append(
@@ -289,7 +323,7 @@ def _caveats(results: Results) -> list[str]:
         else "An interval does not hold what the seed does"
     )
     caveats.append(f"{of_seeds}: another seed may move a loss further than its interval.")
-    flattered = flattery(results)
+    flattered = flattery(table)
     amount = "a little" if flattered is None else f"by about {flattered:.4f} or more"
     caveats.append(
         f"The best trial was chosen on these validation examples, which flatters it {amount}; the "

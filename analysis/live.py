@@ -19,14 +19,19 @@ from analysis.dashboard_lines import (
     STEP,
     GrowingFile,
     Metrics,
+    is_locked,
     number_or_none,
     parse_lines,
     signature,
 )
-from sweeps.ledger import TrialRecord, read_trial
+from analysis.readable import read_checked_trial
+from sweeps.ledger import TrialRecord
+from sweeps.requests import is_running
 from training.exceptions import LoraloomError
 from training.paths import SweepPaths, TrialPaths
 
+SILENT_S = 120.0
+"""After so long without a new line, a trial of a sweep that nobody runs counts as stopped."""
 _TRIAL_NAME = re.compile(r"[0-9]{1,9}")
 
 
@@ -36,9 +41,13 @@ class LiveTrial:
 
     paths: TrialPaths
     metrics: Metrics
+    lock: Path
+    """Held by an agent while it trains the trial."""
     record: TrialRecord | None = None
     problem: str | None = None
     """Why there is no record, in one line."""
+    is_abandoned: bool = False
+    """It has no result, and nobody is at it any more."""
     version: int = 0
     """Grows with its metrics."""
     _stat: tuple[Any, ...] = ()
@@ -49,7 +58,9 @@ class LiveTrial:
 
     @property
     def state(self) -> str:
-        return self.record.state if self.record else "damaged"
+        if self.record is None:
+            return "damaged"
+        return "stopped" if self.is_abandoned else self.record.state
 
     @property
     def changed_s(self) -> float:
@@ -91,12 +102,17 @@ class LiveTrial:
         self._stat = stat
         self.record, self.problem = None, None
         try:
-            self.record = _checked(read_trial(self.paths))
+            self.record = read_checked_trial(self.paths)
         except (LoraloomError, OSError) as error:
             self.problem = str(error)
-        except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
-            self.problem = f"{self.paths.config}: is not a trial's, but must be"
         return True
+
+    def refresh_state(self, *, is_running: bool) -> bool:
+        """Sees whether somebody still trains it; False if nothing has changed."""
+        before, is_open = self.is_abandoned, self.record is not None and not self.record.result
+        is_silent = is_open and not is_running and time.time() - self.changed_s > SILENT_S
+        self.is_abandoned = is_silent and not is_locked(self.lock)
+        return before != self.is_abandoned
 
 
 class LiveSweep:
@@ -111,6 +127,8 @@ class LiveSweep:
         """Grows with every change."""
         self.records_version = 0
         """Grows when a trial begins or ends."""
+        self.is_running = False
+        """Whether a process runs the sweep."""
         self._decisions = GrowingFile(paths.decisions)
         self._lock = threading.Lock()
         self._catching_up: threading.Thread | None = None
@@ -162,6 +180,7 @@ class LiveSweep:
 
     def _refresh_records(self, end: float) -> bool:
         names = _trial_names(self.paths.trials)
+        self.is_running = is_running(self.paths)
         changed = [self.trials.pop(name) for name in set(self.trials) - set(names)] != []
         for name in names:
             if name not in self.trials:
@@ -170,8 +189,10 @@ class LiveSweep:
                 paths = TrialPaths(self.paths.trials / name)
                 if not paths.config.is_file():
                     continue  # begins in a moment
-                self.trials[name] = LiveTrial(paths, Metrics(GrowingFile(paths.metrics)))
+                lock = self.paths.trial_lock(int(name))
+                self.trials[name] = LiveTrial(paths, Metrics(GrowingFile(paths.metrics)), lock)
             changed |= self.trials[name].refresh_record()
+            changed |= self.trials[name].refresh_state(is_running=self.is_running)
         else:
             if changed:
                 self._grow(records=True)
@@ -233,15 +254,6 @@ class Runs:
             for path in paths
             if not path.name.startswith(".") and SweepPaths(path).definition.is_file()
         ]
-
-
-def _checked(record: TrialRecord) -> TrialRecord:
-    """Refuses what is JSON, but not of the kinds that a page counts on."""
-    kinds = ((record.settings, dict), (record.params, dict), (record.result, dict))
-    texts = ((record.name, str), (record.state, str))
-    if not all(isinstance(value, kind) for value, kind in (*kinds, *texts)):
-        raise TypeError
-    return record
 
 
 def _is_decision(record: dict[str, Any]) -> bool:

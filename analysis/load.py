@@ -58,7 +58,12 @@ class Trial:
         return self.state == "complete" and self.loss is not None
 
     def metrics(self) -> list[dict[str, Any]]:
-        return self.record.metrics() if self.record else []
+        """Lines of metrics.jsonl that are a step's; none of a file that is no text."""
+        try:
+            lines = self.record.metrics() if self.record else []
+        except (OSError, ValueError):
+            return []
+        return [line for line in lines if isinstance(line.get("step"), int)]
 
     def example_losses(self) -> pd.DataFrame | None:
         """Per-example validation losses at the best step, or None."""
@@ -161,7 +166,7 @@ def load_source(path: str | Path) -> Results:
         path = pull_sweep(str(path).removeprefix(WANDB), Path("runs")).paths.root
     path = Path(path)
     if path.is_dir():
-        results = _from_sweep(read_sweep(path))
+        results = from_sweep(read_sweep(path))
     elif path.is_file():
         results = _from_csv(path)
     else:
@@ -171,17 +176,18 @@ def load_source(path: str | Path) -> Results:
     return results
 
 
-def _has_word(name: str, word: str) -> bool:
-    # A trial without a name of its own is called by its parameters: dataset_name=baseline_v2.
-    return "=" not in name and word in re.split(r"[^a-z]+", name.lower())
-
-
-def _from_sweep(sweep: SweepRecord) -> Results:
+def from_sweep(sweep: SweepRecord) -> Results:
+    """Results of a sweep that has been read; there may be none that is scored."""
     # Further seeds are in `sweep.seed_losses`; as rows of their own the luckiest would be the best trial.
     trials = [_from_record(record) for record in sweep.trials if record.seed_of is None]
     settings = list(dict.fromkeys(name for trial in trials for name in trial.params))
     varied = [name for name in settings if len({repr(t.params.get(name)) for t in trials}) > 1]
     return Results(sweep.name, sweep.paths.root, trials, varied or settings, sweep)
+
+
+def _has_word(name: str, word: str) -> bool:
+    # A trial without a name of its own is called by its parameters: dataset_name=baseline_v2.
+    return "=" not in name and word in re.split(r"[^a-z]+", name.lower())
 
 
 def _from_record(record: TrialRecord) -> Trial:

@@ -3,10 +3,20 @@
 import plotly.graph_objects as go
 
 BEST_COLOR, BASELINE_COLOR, OTHER_COLOR = "#1a7f5a", "#8a6d3b", "#7a9cc6"
+SHARED_COLOR = "#1f3a6e"
+"""Of what several trials have in common; darker than `OTHER_COLOR` in print, too."""
 PALETTE = (
     "#1a7f5a", "#d1495b", "#3066be", "#edae49", "#6f4a8e",
     "#00798c", "#a05a2c", "#7f7f7f", "#b5bd00", "#e377c2",
 )  # fmt: skip
+STATE_COLORS = {
+    "complete": "#1a7f5a",
+    "running": "#3066be",
+    "pruned": "#b07d12",
+    "failed": "#c23b4e",
+}
+SCALE = "Cividis"
+"""Of a loss as a colour: told apart by the colour-blind, and as grey."""
 
 
 def styled(figure: go.Figure, title: str) -> go.Figure:

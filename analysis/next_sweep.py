@@ -28,7 +28,7 @@ def next_sweep(results: Results, undetected: set[str]) -> str | None:
         return None
     definition, settings = results.sweep.definition, results.best.record.settings
     parameters: dict[str, Any] = {}
-    for name, spec in definition["parameters"].items():
+    for name, spec in (definition.get("parameters") or {}).items():
         if "value" in spec:
             parameters[name] = spec
             continue

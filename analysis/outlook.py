@@ -1,11 +1,12 @@
 """What to expect beyond what was tried: more steps, more seeds, less time; in sentences and numbers.
 
-`look_ahead(results, effects)` -> `Outlook`, for the report's findings and figures.
+`look_ahead(results, effects, interactions)` -> `Outlook`, for the report's findings and figures.
 """
 
 from dataclasses import dataclass
 
 from analysis.choice import LossTable, chances_to_be_best, optimism, seeds_needed, summarize_seeds
+from analysis.interactions import Interaction, interaction_sentence
 from analysis.load import Results, Trial
 from analysis.stats import MIN_EXAMPLES, SEED, Effect
 from analysis.trends import Importance, StepsTrend, importances, pareto_front, steps_trend
@@ -27,8 +28,8 @@ class Outlook:
     """Trials that no other one beats in both loss and time, the fastest last."""
 
 
-def look_ahead(results: Results, effects: list[Effect]) -> Outlook:
-    """Trend over steps, importance of settings, seeds, and what is worth its time."""
+def look_ahead(results: Results, effects: list[Effect], pairs: list[Interaction] | None) -> Outlook:
+    """Trend over steps, importance of settings and pairs of them, seeds, and what is worth its time."""
     trend = _trend(results, effects)
     shares = importances(
         [trial.params for trial in results.compared],
@@ -39,26 +40,33 @@ def look_ahead(results: Results, effects: list[Effect]) -> Outlook:
     sentences = [
         *_trend_sentence(trend),
         *_importance_sentence(shares, len(results.compared)),
+        *_interaction_sentence(results, pairs),
         *_seed_sentences(results),
         *_front_sentence(front),
     ]
     return Outlook(sentences, trend, shares, front)
 
 
-def may_be_best(results: Results) -> list[Trial] | None:
-    """Trials that may be the best one, the best first; None without losses of all on the same examples."""
-    trained = [trial for trial in results.ranked if trial.same_as is None]
-    table = loss_table(trained)
+def trained(results: Results) -> list[Trial]:
+    """Trials that can be ranked, the lowest loss first, without those that are copies of others."""
+    return [trial for trial in results.ranked if trial.same_as is None]
+
+
+def may_be_best(results: Results, table: LossTable | None) -> list[Trial] | None:
+    """Trials that may be the best one, the best first; None without losses of all on the same examples.
+
+    Args:
+        results: the sweep.
+        table: `loss_table(trained(results))`.
+    """
     if table is None:
         return None
-    chances = chances_to_be_best(table)
-    kept = zip(trained, chances, strict=True)
+    kept = zip(trained(results), chances_to_be_best(table), strict=True)
     return [trial for trial, chance in kept if trial is results.best or chance >= MAY_BE_BEST]
 
 
-def flattery(results: Results) -> float | None:
+def flattery(table: LossTable | None) -> float | None:
     """By how much the best trial's loss is too low for having been chosen, nats a token."""
-    table = loss_table([trial for trial in results.ranked if trial.same_as is None])
     return None if table is None else max(0.0, optimism(table))
 
 
@@ -107,6 +115,14 @@ def _importance_sentence(shares: list[Importance], num_trials: int) -> list[str]
         for item in shares
     )
     return [f"Importance by fANOVA over {num_trials} trials: {parts}."]
+
+
+def _interaction_sentence(results: Results, pairs: list[Interaction] | None) -> list[str]:
+    params = [trial.params for trial in results.compared]
+    names = [name for name in results.settings if name != SEED]
+    num_varied = sum(len({repr(point.get(name)) for point in params}) > 1 for name in names)
+    sentence = interaction_sentence(pairs, len(params), num_varied)
+    return [sentence] if sentence else []
 
 
 def _seed_sentences(results: Results) -> list[str]:

@@ -7,7 +7,7 @@ import plotly.graph_objects as go
 from jinja2 import Environment
 from plotly.offline import get_plotlyjs
 
-Row = Sequence[str]
+from analysis.tables import Answer, Table
 
 
 @dataclass(frozen=True)
@@ -16,12 +16,16 @@ class Page:
 
     title: str
     subtitle: str
-    header: Row
-    rows: list[Row]
+    trials: Table
     best_row: int
-    """Index of the best trial in `rows`."""
+    """Index of the best trial in `trials`."""
+    seeds: Table | None
+    """Settings with more than one seed."""
+    seed_runs: Table | None
     findings: list[str]
     caveats: list[str]
+    cost: list[tuple[str, str]]
+    answers: list[Answer]
     replay: str
     replay_notes: list[str]
     next_commands: list[str]
@@ -31,20 +35,26 @@ def to_markdown(page: Page, images: Sequence[str]) -> str:
     """EXPERIMENT_REPORT.md; `images` are the file names of pictures beside it."""
     lines = [f"# {page.title}", "", page.subtitle, "", "## Findings", ""]
     lines += [f"- {_escape(text)}" for text in page.findings]
-    lines += [
-        "",
-        "## Trials",
-        "",
-        _markdown_row(page.header),
-        _markdown_row(["---"] * len(page.header)),
-    ]
-    for number, row in enumerate(page.rows):
-        cells = [f"**{cell}**" if number == page.best_row and cell else cell for cell in row]
-        lines.append(_markdown_row(cells))
+    lines += ["", "## Trials", "", *_markdown_table(page.trials, page.best_row)]
+    for table, title in ((page.seeds, "Over seeds"), (page.seed_runs, "Each seed")):
+        if table:
+            lines += ["", f"## {title}", "", *_markdown_table(table)]
     for name in images:
         lines += ["", f"![{name.removesuffix('.png').replace('_', ' ')}]({name})"]
     lines += ["", "## What this does not show", ""]
     lines += [f"- {_escape(text)}" for text in page.caveats]
+    lines += ["", "## Cost", ""]
+    lines += [f"- {_escape(what)}: {_escape(amount)}" for what, amount in page.cost]
+    if page.answers:
+        lines += ["", "## Answers before and after"]
+    for answer in page.answers:
+        parts = (
+            ("Prompt", answer.prompt),
+            ("Base model", answer.before),
+            ("Best trial", answer.after),
+        )
+        for name, text in parts:
+            lines += ["", f"{name}:", "", *(f"    {line}" for line in text.splitlines() or [""])]
     lines += ["", "## The best trial in plain TRL", "", "```bash", page.replay, "```", ""]
     lines += [f"- {_escape(text)}" for text in page.replay_notes]
     if page.next_commands:
@@ -62,7 +72,15 @@ def to_html(page: Page, figures: Mapping[str, go.Figure]) -> str:
     return template.render(page=page, drawings=drawings, plotlyjs=get_plotlyjs())
 
 
-def _markdown_row(cells: Row) -> str:
+def _markdown_table(table: Table, bold_row: int | None = None) -> list[str]:
+    lines = [_markdown_row(table.header), _markdown_row(["---"] * len(table.header))]
+    for number, row in enumerate(table.rows):
+        cells = [f"**{cell}**" if number == bold_row and cell else cell for cell in row]
+        lines.append(_markdown_row(cells))
+    return lines
+
+
+def _markdown_row(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
@@ -71,6 +89,14 @@ def _escape(text: str) -> str:
 
 
 _TEMPLATE = """\
+{% macro drawn(table, best) %}<div class="card table"><table>
+<thead><tr>{% for cell in table.header %}<th>{{ cell }}</th>{% endfor %}</tr></thead>
+<tbody>
+{% for row in table.rows -%}
+<tr{% if loop.index0 == best %} class="best"{% endif %}>
+{%- for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
+{% endfor -%}
+</tbody></table></div>{% endmacro -%}
 <!doctype html>
 <html lang="en">
 <head>
@@ -95,6 +121,12 @@ _TEMPLATE = """\
   li { margin: 5px 0; } .caveats { background: #fdf8ec; border-color: #efe3c2; }
   pre { background: #23272e; color: #eee; padding: 14px 16px; border-radius: 8px;
         overflow-x: auto; font-size: 14px; }
+  dl { display: grid; grid-template-columns: max-content 1fr; gap: 6px 18px; } dd { margin: 0; }
+  dt { color: #666; } h3 { margin: 8px 0 2px; font-size: 14px; color: #666; }
+  .answers { margin: 10px 0; display: grid; grid-template-columns: 1fr 1fr; gap: 0 24px; }
+  .answers p { white-space: pre-wrap; overflow-wrap: anywhere; margin: 4px 0 8px; }
+  .answers > p { grid-column: 1 / -1; font-weight: 600; }
+  @media (max-width: 640px) { dl, .answers { grid-template-columns: 1fr; } }
   .drawing { margin: 14px 0; padding: 6px; }
 </style>
 <script>{{ plotlyjs | safe }}</script>
@@ -105,17 +137,23 @@ _TEMPLATE = """\
 <h2>Findings</h2>
 <ul class="card">{% for text in page.findings %}<li>{{ text }}</li>{% endfor %}</ul>
 <h2>Trials</h2>
-<div class="card table"><table>
-<thead><tr>{% for cell in page.header %}<th>{{ cell }}</th>{% endfor %}</tr></thead>
-<tbody>
-{% for row in page.rows -%}
-<tr{% if loop.index0 == page.best_row %} class="best"{% endif %}>
-{%- for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
-{% endfor -%}
-</tbody></table></div>
+{{ drawn(page.trials, page.best_row) }}
+{% if page.seeds %}<h2>Over seeds</h2>
+{{ drawn(page.seeds, -1) }}
+{% endif %}
+{%- if page.seed_runs %}<h2>Each seed</h2>
+{{ drawn(page.seed_runs, -1) }}
+{% endif %}
 {% for drawing in drawings %}<div class="card drawing">{{ drawing | safe }}</div>{% endfor %}
 <h2>What this does not show</h2>
 <ul class="card caveats">{% for text in page.caveats %}<li>{{ text }}</li>{% endfor %}</ul>
+<h2>Cost</h2>
+<dl class="card">{% for what, amount in page.cost %}<dt>{{ what }}</dt><dd>{{ amount }}</dd>{% endfor %}</dl>
+{% if page.answers %}<h2>Answers before and after</h2>
+{% for answer in page.answers %}<div class="card answers"><p>{{ answer.prompt }}</p>
+<div><h3>Base model</h3><p>{{ answer.before }}</p></div>
+<div><h3>Best trial</h3><p>{{ answer.after }}</p></div></div>
+{% endfor %}{% endif %}
 <h2>The best trial in plain TRL</h2>
 <pre>{{ page.replay }}</pre>
 <ul>{% for text in page.replay_notes %}<li>{{ text }}</li>{% endfor %}</ul>

@@ -11,9 +11,13 @@ from typing import TYPE_CHECKING
 from training.cli import make_parser, parse, run_command
 
 if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
+    from rich.table import Table as RichTable
+
     from analysis.findings import Findings
-    from analysis.load import Results, Trial
+    from analysis.load import Results
     from analysis.page import Page
+    from analysis.tables import Table
 
 _DESCRIPTION = """\
 Report on a sweep: which trial is the best, how sure that is, and what each setting does.
@@ -45,8 +49,27 @@ def main() -> None:
     report(positional.source, Path(options.output_dir) if options.output_dir else None)
 
 
-def report(source: str | Path, output_dir: Path | None = None) -> Path:
-    """Prints the report and writes its files; returns the directory they are in.
+@dataclass(frozen=True)
+class Report:
+    """A report; as the last line of a notebook's cell it shows itself."""
+
+    page: "Page"
+    figures: "dict[str, Figure]"
+    directory: Path
+    """Where its files are."""
+
+    def _repr_html_(self) -> str:
+        from html import escape
+
+        from analysis.page import to_html
+
+        # In a frame of its own: the page's style is not the notebook's, and its script runs anywhere.
+        page = escape(to_html(self.page, self.figures), quote=True)
+        return f'<iframe srcdoc="{page}" style="width:100%; height:900px; border:0"></iframe>'
+
+
+def report(source: str | Path, output_dir: Path | None = None) -> Report:
+    """Prints the report and writes its files.
 
     Raises:
         SweepError, DataError: the source cannot be read, or has no finished trial.
@@ -56,6 +79,7 @@ def report(source: str | Path, output_dir: Path | None = None) -> Path:
     from analysis.load import load_source
     from analysis.next_sweep import next_sweep
     from analysis.page import to_html, to_markdown
+    from analysis.tables import trials_csv
     from training.exceptions import DataError
     from training.paths import SweepPaths, write_text
 
@@ -72,7 +96,7 @@ def report(source: str | Path, output_dir: Path | None = None) -> Path:
     page = _make_page(results, findings)
     _print_page(page)
     figures = make_figures(results, findings)
-    write_text(directory / "trials.csv", _trials_csv(results))
+    write_text(directory / "trials.csv", trials_csv(results))
     following = next_sweep(results, findings.undetected)
     if following:
         write_text(directory / "next_sweep.yaml", following)
@@ -90,14 +114,16 @@ def report(source: str | Path, output_dir: Path | None = None) -> Path:
     print(
         f"report: {directory / 'report.html'} (also {', '.join(['EXPERIMENT_REPORT.md', *images])})"
     )
-    return directory
+    return Report(page, figures, directory)
 
 
 def _make_page(results: "Results", findings: "Findings") -> "Page":
+    from analysis.cost import cost_rows
     from analysis.page import Page
     from analysis.replay import replay_command, replay_notes, replay_template
+    from analysis.tables import answers, seed_runs_table, seeds_table, trials_table
 
-    best = results.best
+    best, cost = results.best, findings.cost
     is_sweep = results.sweep is not None
     if best.record:
         config = best.record.config
@@ -106,15 +132,19 @@ def _make_page(results: "Results", findings: "Findings") -> "Page":
         replay = replay_template(best.params)
         notes = ["A CSV tells no more than that: put in your model, data and other settings."]
     count = f"{len(results.scored)} of {len(results.trials)} trials finished"
+    minutes = results.minutes if cost is None else cost.train_s / 60
     return Page(
         title=f"LoRA sweep: {results.name}",
-        subtitle=f"{count}, {results.minutes:.1f} minutes in all. "
+        subtitle=f"{count}, {minutes:.1f} minutes in all. "
         + ("Loss is eval/loss at each trial's best step." if is_sweep else "Loss is train loss."),
-        header=_header(results),
-        rows=[_row(results, trial) for trial in results.trials],
+        trials=trials_table(results, findings.against_baseline),
         best_row=results.trials.index(best),
+        seeds=seeds_table(results),
+        seed_runs=seed_runs_table(results),
         findings=findings.summary,
         caveats=findings.caveats,
+        cost=cost_rows(results, cost),
+        answers=answers(results),
         replay=replay,
         replay_notes=notes,
         next_commands=[_promote_command(results)] if is_sweep else [],
@@ -128,98 +158,48 @@ def _promote_command(results: "Results") -> str:
     return command if all_same else f"{command} --trial {results.best.number}"
 
 
-def _header(results: "Results") -> list[str]:
-    names = ["#", "trial", *results.settings, "loss"]
-    if results.sweep:
-        names += ["against baseline, 95 %", "best step"]
-    return [*names, "improvement %", "minutes"]
-
-
-def _row(results: "Results", trial: "Trial") -> list[str]:
-    from analysis.findings import compare, interval_text, value_text
-
-    baseline = results.baseline
-    cells = [str(trial.number), trial.name]
-    cells += [value_text(trial.params.get(name, "")) for name in results.settings]
-    cells.append(f"{trial.loss:.4f}" if trial.is_scored else trial.state)
-    if results.sweep:
-        interval = compare(trial, baseline) if trial.is_scored and trial is not baseline else None
-        cells.append(interval_text(interval) if interval else "")
-        cells.append("" if trial.best_step is None else f"{trial.best_step:,}")
-    gain = _improvement(results, trial)
-    cells.append("baseline" if trial is baseline else "" if gain is None else f"{gain:.1f}")
-    if trial.same_as is not None:
-        cells.append(f"as trial {trial.same_as}")
-    else:
-        cells.append("" if trial.minutes is None else f"{trial.minutes:.1f}")
-    return cells
-
-
-def _improvement(results: "Results", trial: "Trial") -> float | None:
-    """Percent against the baseline, of trials that can be compared with it."""
-    from analysis.stats import improvement
-
-    loss, baseline = trial.loss, results.baseline.loss
-    if trial not in results.compared or loss is None or baseline is None:
-        return None
-    return improvement(loss, baseline)
-
-
 def _print_page(page: "Page") -> None:
-    from rich import box
     from rich.console import Console
-    from rich.table import Table
     from rich.text import Text
 
     console = Console(highlight=False)
     if not console.is_terminal:
         console = Console(highlight=False, width=160)  # a pipe has no width of its own
-    table = Table(title=page.title, box=box.SIMPLE_HEAD, title_justify="left")
-    for number, name in enumerate(page.header):
-        table.add_column(name, justify="left" if number == 1 else "right")
-    for number, row in enumerate(page.rows):
-        table.add_row(
-            *(Text(cell) for cell in row), style="bold" if number == page.best_row else ""
-        )
-    console.print(table)
+    console.print(_drawn(page.trials, page.title, page.best_row))
     console.print(Text(page.subtitle + "\n"))
+    for table, title in ((page.seeds, "Over seeds"), (page.seed_runs, "Each seed")):
+        if table:
+            console.print(_drawn(table, title))
     for text in page.findings:
         console.print(Text(f"- {text}"))
     console.print(Text("\nWhat this does not show"))
     for text in page.caveats:
         console.print(Text(f"- {text}"))
+    console.print(Text("\nCost"))
+    for what, amount in page.cost:
+        console.print(Text(f"- {what}: {amount}"))
     console.print(Text(f"\nThe best trial in plain TRL\n{page.replay}\n"), soft_wrap=True)
     for text in page.replay_notes:
         console.print(Text(f"- {text}"))
     console.print()
 
 
+def _drawn(table: "Table", title: str, bold_row: int | None = None) -> "RichTable":
+    from rich import box
+    from rich.table import Table as RichTable
+    from rich.text import Text
+
+    drawn = RichTable(title=title, box=box.SIMPLE_HEAD, title_justify="left")
+    for number, name in enumerate(table.header):
+        drawn.add_column(name, justify="left" if number == 1 else "right")
+    for number, row in enumerate(table.rows):
+        drawn.add_row(*(Text(cell) for cell in row), style="bold" if number == bold_row else "")
+    return drawn
+
+
 def _print_next(page: "Page") -> None:
     for command in page.next_commands:
         print(f"next: {command}")
-
-
-def _trials_csv(results: "Results") -> str:
-    import pandas as pd
-
-    rows = [
-        {
-            "number": trial.number,
-            "name": trial.name,
-            **{name: trial.params.get(name) for name in results.settings},
-            "state": trial.state,
-            "loss": trial.loss,
-            "improvement_percent": _improvement(results, trial),
-            "best_step": trial.best_step,
-            "num_steps": trial.num_steps,
-            "base_loss": trial.base_loss,
-            "train_loss": trial.train_loss,
-            "minutes": trial.minutes,
-            "same_as": trial.same_as,
-        }
-        for trial in results.trials
-    ]
-    return pd.DataFrame(rows).to_csv(index=False)
 
 
 if __name__ == "__main__":

@@ -213,14 +213,26 @@ def _interval(
         method="percentile",
         rng=np.random.default_rng(seed),
     )
-    low, high = result.confidence_interval
+    low, high = map(float, result.confidence_interval)
+    return widened(Interval(low, high, estimate), count, confidence)
+
+
+def widened(percentiles: Interval, count: int, confidence: float = 0.95) -> Interval:
+    """Interval of the wanted confidence from the 2.5th and 97.5th percentiles of resamples of few examples.
+
+    Args:
+        percentiles: ends of the middle 95 % of the resamples, and the estimate.
+        count: number of examples.
+        confidence: of the interval.
+    """
     # Percentiles are those of a normal distribution with the variance of these n examples: the true
     # one is n / (n - 1) times that, and only estimated (Student's t). A wanted confidence comes in
     # here too, since far percentiles would need very many resamples.
     quantile = t.ppf((1 + confidence) / 2, count - 1) / norm.ppf((1 + _RESAMPLED) / 2)
     widening = float(quantile * np.sqrt(count / (count - 1)))
+    estimate = percentiles.estimate
     return Interval(
-        estimate - widening * (estimate - float(low)),
-        estimate + widening * (float(high) - estimate),
+        estimate - widening * (estimate - percentiles.low),
+        estimate + widening * (percentiles.high - estimate),
         estimate,
     )

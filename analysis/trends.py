@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import optuna
-from optuna.distributions import BaseDistribution, CategoricalDistribution
+from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution
 from optuna.exceptions import ExperimentalWarning
 from optuna.importance import (
     FanovaImportanceEvaluator,
@@ -20,10 +20,13 @@ from optuna.importance import (
 )
 
 from analysis.choice import NUM_RESAMPLES, LossTable
+from analysis.interactions import are_numbers, levels_of
 
 MIN_TRIALS = 6
 """Of fewer trials no importance is told."""
 NUM_FORESTS = 8
+NUM_RANGES = 10
+"""A number of more values is cut into so many ranges: beyond, forests take minutes and tell no more."""
 _EXPONENTS = np.geomspace(0.05, 3.0, 60)
 MIN_LENGTHS = 4
 """Of fewer numbers of steps a power law's three constants say nothing."""
@@ -52,20 +55,17 @@ def importances(
         losses: loss of each trial.
         settings: names to look at.
     """
-    # As text, which is what Optuna stores of any kind of value.
-    values = {name: sorted({repr(point.get(name)) for point in params}) for name in settings}
-    varied = [name for name, choices in values.items() if len(choices) > 1]
+    values = {name: _values([point.get(name) for point in params]) for name in settings}
+    varied = [name for name, chosen in values.items() if len(set(chosen)) > 1]
     if len(params) < MIN_TRIALS or len(varied) < 2:
         return []
     verbosity = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
         study = optuna.create_study()
-        spaces: dict[str, BaseDistribution] = {
-            name: CategoricalDistribution(values[name]) for name in varied
-        }
-        for point, loss in zip(params, losses, strict=True):
-            chosen = {name: repr(point.get(name)) for name in varied}
+        spaces = {name: _space(values[name]) for name in varied}
+        for index, loss in enumerate(losses):
+            chosen = {name: values[name][index] for name in varied}
             study.add_trial(
                 optuna.trial.create_trial(params=chosen, distributions=spaces, value=loss)
             )
@@ -90,6 +90,20 @@ def importances(
         for name in varied
     ]
     return sorted(found, key=lambda importance: -importance.fanova)
+
+
+def _values(values: Sequence[Any]) -> list[Any]:
+    """Numbers by their order, so that near ones are near to a forest; others as text, which Optuna stores."""
+    if are_numbers(values):
+        return [int(level) for level in levels_of(np.asarray(values, float), NUM_RANGES)]
+    return [repr(value) for value in values]
+
+
+def _space(values: Sequence[Any]) -> BaseDistribution:
+    # Categories have a column each, and a forest's marginals take time exponential in their number.
+    if isinstance(values[0], int):
+        return IntDistribution(0, max(values))
+    return CategoricalDistribution(sorted(set(values)))
 
 
 @dataclass(frozen=True)

@@ -142,7 +142,7 @@ class Server:
         parts = [
             "counts.children", "board.children", "curves-box.children", "chosen-table.children",
             "findings.children", "timeline-box.children", "decisions.children", "chosen.options",
-            "sweep-seen.data",
+            "buttons.children", "waiting.children", "sweep-seen.data",
         ]  # fmt: skip
         outputs = [dict(zip(("id", "property"), part.split("."), strict=True)) for part in parts]
         answer = self._post(

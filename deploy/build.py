@@ -5,6 +5,7 @@ publishes it.
 """
 
 import contextlib
+import dataclasses
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,15 +17,38 @@ import pandas as pd
 from datasets import Dataset
 from transformers import AutoConfig
 
-from deploy.card import CardFacts, fallback_note, files_table, losses_table, write_card
+from deploy.adapter_gguf import export_adapter, verify_adapter
+from deploy.card import (
+    CardFacts,
+    fallback_note,
+    files_table,
+    losses_table,
+    measured_table,
+    write_card,
+)
 from deploy.export_gguf import export_gguf
+from deploy.gates import Gates, beats_base
 from deploy.imatrix import Importance, for_gguf, importance
-from deploy.manifest import write_manifest
+from deploy.manifest import provenance, write_manifest
+from deploy.measure import (
+    CONFIDENCE,
+    MARGIN,
+    Distances,
+    Limits,
+    MeasuredTypes,
+    Measurement,
+    Reference,
+    make_reference,
+    measure,
+    measure_speed,
+    recommend,
+)
+from deploy.measure_figure import write_picture
 from deploy.memory import count_parameters, full_precision_device
 from deploy.merge import Merge, load_merged, merge_adapter
 from deploy.modelfile import write_modelfile
 from deploy.quantize import UNQUANTIZED, Quantization, quantize_best
-from deploy.score import Comparison, TestScore, check_gate
+from deploy.score import Comparison, TestScore, compare
 from deploy.verify import (
     ADAPTER,
     ADAPTER_4BIT,
@@ -53,6 +77,10 @@ class Plan:
     name: str
     quantizations: Sequence[Quantization]
     num_verify_examples: int
+    limits: Limits = field(default_factory=Limits)
+    recommended_first: bool = False
+    """The recommended type is the one for chat, whatever the order of `quantizations`."""
+    adapter_gguf: bool = True
 
 
 @dataclass(frozen=True)
@@ -68,6 +96,7 @@ class Evidence:
     score: TestScore
     gate: Comparison
     """Adapter and base on the test split, as they were trained."""
+    gates: Gates
 
 
 @dataclass
@@ -101,16 +130,24 @@ def build_version(plan: Plan, evidence: Evidence, draft: PromotionPaths, times: 
     # The whole split where it decides whether what ships is better than its base.
     scored = evidence.test if config.load_in_4bit else examples
     with times.stage("merge"):
-        device = full_precision_device(count_parameters(config))
+        device = full_precision_device(count_parameters(config), config.load_in_4bit)
         shutil.copytree(plan.trial.paths.adapter, draft.adapter)
         merge = merge_adapter(
-            config, draft.adapter, draft.merged, examples["input_ids"], scored, device
+            config,
+            draft.adapter,
+            draft.merged,
+            examples["input_ids"],
+            scored,
+            device,
+            evidence.validation,
         )
     with times.stage("merged score"):
         if device.type == "cpu" and find_device().type != "cpu":
             print("(on the CPU: too large for the GPU in float32)", end="", flush=True)
         model = load_merged(draft.merged, device)
         merged = example_losses(model, scored, config.per_device_eval_batch_size)
+    with times.stage("reference"):
+        reference = make_reference(model, examples.to_list())
     found: Importance = {}
     if any(item.gains_from_imatrix for item in plan.quantizations):
         with times.stage("importance matrix"):
@@ -119,7 +156,9 @@ def build_version(plan: Plan, evidence: Evidence, draft: PromotionPaths, times: 
     del model
     shipped = None
     if merge.base is not None:
-        shipped = check_gate(merged, merge.base, "the merged model", "its full-precision base")
+        shipped = compare(merged, merge.base)
+        names = ("the merged model", "its full-precision base")
+        evidence.gates.check(beats_base("merged_beats_base", shipped, *names))
         print(f"    merged {shipped.tuned:.4f}, base {shipped.base:.4f}: {shipped}")
     f16 = draft.gguf(plan.name, UNQUANTIZED)
     with times.stage("GGUF (f16)"):
@@ -135,22 +174,35 @@ def build_version(plan: Plan, evidence: Evidence, draft: PromotionPaths, times: 
                 )
     with times.stage("verify"):
         losses = _transformers_losses(evidence, merge, merged, examples["example_id"])
-        verification = {
-            "merge": merge.record,
-            "importance_matrix": choices,
-            **_verify(plan, evidence, draft, examples, losses),
-        }
+        verified, distances = _verify(plan, evidence, draft, examples, losses, reference)
+    if plan.adapter_gguf:
+        with times.stage("adapter GGUF"):
+            export_adapter(draft.adapter, draft.merged, draft.adapter_gguf)
+            verified["adapter_gguf"] = verify_adapter(
+                draft.adapter_gguf, f16, examples.to_list(), losses
+            )
+    measured = _measure(plan, draft, examples, distances, times)
+    verification = {
+        **evidence.gates.record(),
+        "merge": merge.record,
+        "importance_matrix": choices,
+        **verified,
+        "quantization": _quantization_record(plan, distances, measured),
+    }
     write_json(draft.verification, verification)
-    kept = {item.name: draft.gguf(plan.name, item.name) for item in plan.quantizations}
+    names = [item.name for item in plan.quantizations]
+    if plan.recommended_first and measured.recommendation.quantization is not None:
+        names = list(dict.fromkeys([measured.recommendation.quantization, *names]))
+    kept = {name: draft.gguf(plan.name, name) for name in names}
     if UNQUANTIZED not in kept:
         f16.unlink()
     ends = sorted(end_token_ids(evidence.tokenizer, str(draft.merged)))
     stop = evidence.tokenizer.convert_ids_to_tokens(ends)
     first = next(iter(kept.values())).name
     write_text(draft.modelfile, write_modelfile(first, evidence.tokenizer, stop))
-    facts = _card_facts(plan, evidence, draft, kept, verification["losses"], shipped)
+    facts = _card_facts(plan, evidence, draft, kept, verification["losses"], shipped, measured)
     write_text(draft.card, write_card(facts))
-    write_manifest(draft, _manifest_facts(plan, kept, times))
+    write_manifest(draft, _manifest_facts(plan, evidence, kept, times))
     _print_tables(facts)
 
 
@@ -183,13 +235,71 @@ def _verify(
     draft: PromotionPaths,
     examples: Dataset,
     losses: dict[str, pd.DataFrame],
-) -> dict[str, Any]:
-    records = {}
+    reference: Reference,
+) -> tuple[dict[str, Any], dict[str, Measurement]]:
+    records, measured = {}, {}
     rest = [item.name for item in plan.quantizations if item.name != UNQUANTIZED]
     for name in (UNQUANTIZED, *rest):
         path = draft.gguf(plan.name, name)
-        records[name], losses[name] = verify_gguf(path, evidence.tokenizer, examples.to_list())
-    return {"losses": check_losses(losses), "ggufs": records}
+        distances = Distances(reference)
+        records[name], losses[name] = verify_gguf(
+            path, evidence.tokenizer, examples.to_list(), distances.look
+        )
+        measured[name] = measure(
+            path,
+            name,
+            records[name]["num_params"],
+            distances,
+            losses[name],
+            losses[MERGED],
+            len(plan.quantizations),
+        )
+    return {"losses": check_losses(losses), "ggufs": records}, measured
+
+
+def _measure(
+    plan: Plan,
+    draft: PromotionPaths,
+    examples: Dataset,
+    distances: Mapping[str, Measurement],
+    times: StageTimes,
+) -> MeasuredTypes:
+    """The kept types with their speed, what to take of them, and a picture of more than one."""
+    longest = max(examples.to_list(), key=lambda example: len(example["input_ids"]))
+    with times.stage("speed"):
+        items = [
+            dataclasses.replace(
+                distances[item.name],
+                speed=measure_speed(draft.gguf(plan.name, item.name), longest),
+            )
+            for item in plan.quantizations
+        ]
+    measured = MeasuredTypes(items, recommend(items, plan.limits), items[0].num_positions)
+    if len(items) == 1:
+        return measured
+    problem = None
+    with times.stage("picture"):
+        problem = write_picture(items, measured.recommendation, draft.quantization_picture)
+    if problem is not None:
+        print(f"    {problem}")
+        return measured
+    return dataclasses.replace(measured, picture=draft.quantization_picture.name)
+
+
+def _quantization_record(
+    plan: Plan, distances: Mapping[str, Measurement], measured: MeasuredTypes
+) -> dict[str, Any]:
+    # The f16 file is compared even where it is not kept: all others are made from it.
+    types = dict(distances) | {item.quantization: item for item in measured.items}
+    return {
+        "num_positions": measured.num_positions,
+        "confidence": CONFIDENCE,
+        "loss_margin": MARGIN,
+        **dataclasses.asdict(plan.limits),
+        "types": {name: item.to_dict() for name, item in types.items()},
+        "recommended": measured.recommendation.quantization,
+        "reason": measured.recommendation.reason,
+    }
 
 
 def _select(losses: pd.DataFrame, example_ids: Sequence[str]) -> pd.DataFrame:
@@ -203,6 +313,7 @@ def _card_facts(
     kept: Mapping[str, Path],
     losses: Mapping[str, Any],
     shipped: Comparison | None,
+    measured: MeasuredTypes,
 ) -> CardFacts:
     base_model, is_hub_id = base_name(plan.trial.config)
     return CardFacts(
@@ -217,17 +328,25 @@ def _card_facts(
         merged_size_bytes=sum(path.stat().st_size for path in draft.merged.glob("*.safetensors")),
         gguf_files={name: (path.name, path.stat().st_size) for name, path in kept.items()},
         losses=losses,
+        measured=measured,
         counts=evidence.counts,
+        failed_gates=evidence.gates.failed,
     )
 
 
-def _manifest_facts(plan: Plan, kept: Mapping[str, Path], times: StageTimes) -> dict[str, Any]:
+def _manifest_facts(
+    plan: Plan, evidence: Evidence, kept: Mapping[str, Path], times: StageTimes
+) -> dict[str, Any]:
     return {
         "name": plan.name,
         "sweep": plan.sweep.name,
         "trial": plan.trial.number,
         "step": plan.trial.result["best_step"],
+        "test_loss": evidence.gate.tuned,
+        "forced": bool(evidence.gates.failed),
+        "failed_gates": evidence.gates.failed,
         "base_model": base_name(plan.trial.config)[0],
+        **provenance(plan.sweep, plan.trial),
         "settings": plan.trial.settings,
         "ggufs": {name: path.name for name, path in kept.items()},
         "stage_times_s": times.times_s,
@@ -238,8 +357,10 @@ def _print_tables(facts: CardFacts) -> None:
     for table in (
         files_table(facts.gguf_files, facts.merged_size_bytes),
         losses_table(facts.losses),
+        measured_table(facts.measured.items),
     ):
         print("\n" + table.to_string(index=False))
     note = fallback_note(facts.hidden_size, facts.gguf_files)
     if note:
         print(f"\n{note}")
+    print(f"\n{facts.measured.recommendation}")

@@ -3,13 +3,16 @@
 `write_card(facts)` is text in, text out; `promote.py` gathers the facts. The front matter is Hugging Face's.
 """
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
 import yaml
 
+from analysis.stats import Interval
+from deploy.measure import CONFIDENCE, MARGIN, MeasuredTypes, Measurement
 from deploy.quantize import QUANTIZATIONS, UNQUANTIZED
 from deploy.score import Comparison
 from deploy.verify import ADAPTER_4BIT, BASE, BASE_4BIT, MERGED
@@ -40,8 +43,11 @@ class CardFacts:
     """File name and size in bytes by quantisation, the preferred one first."""
     losses: Mapping[str, Any]
     """What `check_losses` returned."""
+    measured: MeasuredTypes
     counts: Mapping[str, int]
     """Examples in each split."""
+    failed_gates: Sequence[str] = ()
+    """What the model was promoted in spite of."""
 
 
 def write_card(facts: CardFacts) -> str:
@@ -49,12 +55,15 @@ def write_card(facts: CardFacts) -> str:
     sections = [
         _front_matter(facts),
         f"# {facts.name}",
+        _warning(facts.failed_gates),
         _introduction(facts),
         "## Losses",
         _losses(facts),
         "## Files",
         _markdown(files_table(facts.gguf_files, facts.merged_size_bytes)),
         fallback_note(facts.hidden_size, facts.gguf_files),
+        "## Quantisation",
+        _quantization(facts.measured, facts.losses["num_examples"]),
         "## Use",
         _usage(facts),
         "## Data",
@@ -96,9 +105,32 @@ def losses_table(losses: Mapping[str, Any]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=header)
 
 
+def measured_table(measured: Sequence[Measurement]) -> pd.DataFrame:
+    """What each type costs and loses, the smallest file first."""
+    rows = [
+        (
+            item.quantization,
+            f"{item.size_bytes / 1e6:,.1f}",
+            f"{item.bits_per_weight:.1f}",
+            f"{item.kl.estimate:.2g}",
+            f"{item.kl_99:.2g}",
+            f"{item.top_1:.1%}",
+            f"{item.perplexity.estimate:.3f}{_ends(item.perplexity)}",
+            *(
+                (f"{item.speed.generation:.0f}", f"{item.speed.prompt:.0f}")
+                if item.speed
+                else ("", "")
+            ),
+        )
+        for item in sorted(measured, key=lambda item: item.size_bytes)
+    ]
+    header = ["type", "MB", "bits/weight", "KL", "KL 99 %", "same top-1", "perplexity"]
+    return pd.DataFrame(rows, columns=[*header, "tokens/s", "prompt tokens/s"])
+
+
 def fallback_note(hidden_size: int, quantizations: Iterable[str]) -> str:
     """Says that rows which do not divide by 256 take more bits, where that is so."""
-    names = [name for name in quantizations if name not in (UNQUANTIZED, "Q8_0")]
+    names = [name for name in quantizations if name not in (UNQUANTIZED, "BF16", "Q8_0")]
     if hidden_size % SUPER_BLOCK == 0 or not names:
         return ""
     nominal = ", ".join(f"{name} {QUANTIZATIONS[name].bits_per_weight}" for name in names)
@@ -134,6 +166,13 @@ def _front_matter(facts: CardFacts) -> str:
     fields["pipeline_tag"] = "text-generation"
     fields["tags"] = ["lora", "gguf", "llama.cpp", "loraloom"]
     return "---\n" + yaml.safe_dump(fields, sort_keys=False).strip() + "\n---"
+
+
+def _warning(failed_gates: Sequence[str]) -> str:
+    if not failed_gates:
+        return ""
+    names = ", ".join(f"`{name}`" for name in failed_gates)
+    return f"> **Warning: promoted with `--force`.** Gates not met: {names} (verification.json)."
 
 
 def _introduction(facts: CardFacts) -> str:
@@ -180,6 +219,27 @@ def _split_row(split: str, scored: Comparison) -> tuple[str, str, str, str, str]
         f"{interval.estimate:+.4f}",
         f"[{interval.low:+.4f}, {interval.high:+.4f}]",
     )
+
+
+def _quantization(measured: MeasuredTypes, num_examples: int) -> str:
+    threads = next((item.speed.num_threads for item in measured.items if item.speed), None)
+    speed = f" Speed is that of the machine that made the files, with {threads} threads."
+    sections = [
+        f"**{measured.recommendation}.**",
+        _markdown(measured_table(measured.items)),
+        f"Each file in llama.cpp against the float32 merged model on {num_examples} test examples: KL "
+        "divergence in nats a token and the share of the same likeliest token at "
+        f"{measured.num_positions:,} supervised positions; perplexity at all of them, with its "
+        f"{CONFIDENCE:.0%} interval. A type is not measurably worse if the whole paired interval of its "
+        f"loss minus the merged model's (together {CONFIDENCE:.0%} for all types here) is below "
+        f"{MARGIN:g} nats a token.{speed if threads else ''}",
+        f"![KL divergence against file size]({measured.picture})" if measured.picture else "",
+    ]
+    return "\n\n".join(section for section in sections if section)
+
+
+def _ends(interval: Interval) -> str:
+    return f" [{interval.low:.3f}, {interval.high:.3f}]" if math.isfinite(interval.high) else ""
 
 
 def _usage(facts: CardFacts) -> str:

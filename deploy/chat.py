@@ -11,9 +11,9 @@ from typing import Any
 
 from deploy.gguf_model import last_error, load_llama_cpp, render_chat
 from deploy.llama_cpp_wheel import num_cores
+from deploy.registry import find_gguf
 from training.cli import make_parser, parse, run_command
 from training.exceptions import ConfigError, ModelError
-from training.paths import PromotionPaths, SweepPaths, read_json
 
 Messages = list[dict[str, str]]
 
@@ -43,30 +43,6 @@ def main() -> None:
         _print_answer(model, latest_turns(model, question, options), options)
     else:
         _converse(model, options)
-
-
-def find_gguf(path: Path) -> Path:
-    """The GGUF to run: the file itself, or the first one of a promoted version's manifest.
-
-    Raises:
-        ModelError: nothing promoted is there.
-    """
-    if path.is_file():
-        return path
-    if not path.exists():
-        raise ModelError(f"{path} is not there, but must be a sweep, promoted/NUMBER, or a .gguf")
-    version = PromotionPaths(path)
-    if not version.manifest.is_file():
-        sweep = SweepPaths(path.parent if path.name == SweepPaths(path).promoted.name else path)
-        if not sweep.current_promotion.is_file():
-            raise ModelError(
-                f"{path} holds nothing promoted; `python -m deploy.promote {path}` promotes a trial"
-            )
-        version = PromotionPaths(
-            sweep.promoted / sweep.current_promotion.read_text("utf-8").strip()
-        )
-    files = read_json(version.manifest)["ggufs"]
-    return version.root / next(iter(files.values()))
 
 
 def open_chat(path: Path, context_length: int) -> Any:

@@ -8,8 +8,9 @@ import contextlib
 import ctypes
 import functools
 import os
+import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from deploy.decoder import Decoder, open_decoder
+from deploy.decoder import FLASH_ATTENTION_OFF, Decoder, open_decoder
 from deploy.llama_cpp_wheel import num_cores
 from training.exceptions import ModelError
 
@@ -27,6 +28,17 @@ NOT_SUPERVISED = -100
 GGML_LOG_LEVEL_ERROR = 4
 MOST_DECODERS = 8
 """Contexts that score examples at the same time: each holds logits of its own."""
+
+LookAtExample = Callable[[str, int, np.ndarray], None]
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Tokens a second, measured with the threads that chat uses."""
+
+    prompt: float
+    generation: float
+    num_threads: int
 
 
 def load_llama_cpp() -> Any:
@@ -171,11 +183,17 @@ class GgufModel:
         bos, eos = self._token_text(self.bos_token_id), self._token_text(self.eos_token_id)
         return self.tokenize(render_chat(template, bos, eos, messages), add_special=False)
 
-    def example_losses(self, examples: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
+    def example_losses(
+        self, examples: Iterable[Mapping[str, Any]], look: LookAtExample | None = None
+    ) -> pd.DataFrame:
         """Per-example losses: `example_id`, `loss_sum` (nats over supervised tokens), `num_tokens`.
 
         Every core scores examples of its own: threads of one context would wait for each other, as
         above. What all examples begin with is computed once.
+
+        Args:
+            examples: with `example_id`, `input_ids`, `labels`.
+            look: gets the example's id, and what `deploy.decoder.Look` gets; from several threads.
         """
         rows = [_Row.of(example) for example in examples]
         prefix = _shared_prefix(rows)
@@ -188,7 +206,8 @@ class GgufModel:
             def score(row: _Row) -> float:
                 decoder = free.get()
                 try:
-                    return decoder.loss_sum(row.input_ids, row.targets, row.supervised)
+                    at_row = functools.partial(look, row.example_id) if look else None
+                    return decoder.loss_sum(row.input_ids, row.targets, row.supervised, at_row)
                 finally:
                     free.put(decoder)
 
@@ -211,6 +230,25 @@ class GgufModel:
                 break
         return tokens
 
+    def speed(self, prompt: Sequence[int], num_tokens: int, limit_s: float) -> Speed:
+        """How fast a prompt is read, and an answer of `num_tokens` written, or what `limit_s` allow.
+
+        The answer goes on past its end token: what it says is no matter here.
+        """
+        with open_decoder(
+            self.llama_cpp, self.path, self.model, self.num_ctx, self.num_threads
+        ) as decoder:
+            next(decoder.next_tokens(prompt[:1]))  # the weights come from the disk once
+            start = time.perf_counter()
+            answer = decoder.next_tokens(prompt)
+            next(answer)
+            read = time.perf_counter()
+            num_written, passed = 0, 0.0
+            while num_written < num_tokens and passed < limit_s:
+                next(answer)
+                num_written, passed = num_written + 1, time.perf_counter() - read
+        return Speed(len(prompt) / (read - start), num_written / passed, self.num_threads)
+
     def _scorers(self, stack: contextlib.ExitStack, num_rows: int) -> list[Decoder]:
         """Decoders that share the cores."""
         # A GPU is one device, however many ask it.
@@ -219,7 +257,12 @@ class GgufModel:
         return [
             stack.enter_context(
                 open_decoder(
-                    self.llama_cpp, self.path, self.model, self.num_ctx, self.num_threads // count
+                    self.llama_cpp,
+                    self.path,
+                    self.model,
+                    self.num_ctx,
+                    self.num_threads // count,
+                    FLASH_ATTENTION_OFF,
                 )
             )
             for _ in range(count)

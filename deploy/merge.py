@@ -1,10 +1,12 @@
-"""Adapter + base model -> one Transformers directory: PEFT's merge in fp32, saved and read back.
+"""Adapter + base model -> one Transformers directory: files merged one tensor at a time, then read back.
 
-What was saved is compared with base + adapter on a few sequences. A trial that trained over a 4-bit base
-is merged onto the full-precision one: its adapter learned to correct a slightly different base, so that
-base is scored, too, for promotion to compare the merged model with.
+What was saved is compared with base + adapter on a few sequences. The adapter of a trial over a 4-bit base
+learned to correct that base: it is merged onto whichever of the full-precision base and the dequantised one
+has the lower validation loss with it, and the full-precision base is scored for promotion to compare the
+merged model with.
 """
 
+import functools
 import gc
 import warnings
 from collections.abc import Sequence
@@ -18,10 +20,12 @@ from datasets import Dataset
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from deploy.four_bit import DEQUANTISED, FULL_PRECISION, choose_base, dequantized, load_quantized
+from deploy.shards import plan_merge, write_model
 from training.config import TrialConfig
 from training.evaluate import example_losses
 from training.exceptions import GateError, ModelError
-from training.model import load_model, load_tokenizer, resolve_model
+from training.model import load_model, resolve_model
 
 NUM_SEQUENCES = 4
 SEQUENCE_TOKENS = 256
@@ -35,7 +39,8 @@ class Merge:
     """What was measured while merging."""
 
     record: dict[str, Any]
-    """Differences between base + adapter and the saved model, and what they may be at most."""
+    """Differences between base + adapter and the saved model, and what they may be at most; the base that
+    the adapter was merged onto and, of a trial over a 4-bit one, the losses that chose it."""
     base: pd.DataFrame | None
     """Per-example losses of the full-precision base, of a trial over a 4-bit one."""
 
@@ -47,8 +52,9 @@ def merge_adapter(
     sequences: Sequence[Sequence[int]],
     test: Dataset,
     device: torch.device,
+    validation: Dataset | None = None,
 ) -> Merge:
-    """Writes the merged model, tokenizer, chat template and generation config into `target`.
+    """Writes the merged model in float32, tokenizer, chat template and generation config into `target`.
 
     Args:
         config: the trial's settings.
@@ -57,28 +63,39 @@ def merge_adapter(
         sequences: token ids on which base + adapter and the saved model are compared.
         test: examples on which the base is scored if the trial trained over a 4-bit one.
         device: where float32 has room (`deploy.memory.full_precision_device`).
+        validation: examples that choose the base, of a trial over a 4-bit one; without them it is the
+            full-precision one.
 
     Raises:
-        ModelError: the adapter does not fit the base model.
+        ModelError: the adapter does not fit the base model; nothing is written then.
         GateError: the saved model is not base + adapter.
     """
+    plan = plan_merge(config, adapter)
+    batch_size = config.per_device_eval_batch_size
+    quantized = load_quantized(config) if config.load_in_4bit and validation is not None else {}
     base = _load_full_precision(config, device)
-    base_losses = (
-        example_losses(base, test, config.per_device_eval_batch_size)
-        if config.load_in_4bit
-        else None
-    )
+    base_losses = example_losses(base, test, batch_size) if config.load_in_4bit else None
     model = _put_on(base, config, adapter)
     sequences = [list(sequence)[:SEQUENCE_TOKENS] for sequence in sequences[:NUM_SEQUENCES]]
     expected = [_log_probabilities(model, sequence) for sequence in sequences]
-    merged = model.merge_and_unload(safe_merge=True)
-    merged.save_pretrained(target, safe_serialization=True)
-    load_tokenizer(config).save_pretrained(target)
-    del base, model, merged
+    loss_by_base = {}
+    if validation is not None and quantized:
+        loss_by_base = choose_base(base, quantized, validation, batch_size)
+        if loss_by_base[DEQUANTISED] < loss_by_base[FULL_PRECISION]:
+            expected = [_log_probabilities(model, sequence) for sequence in sequences]
+        else:
+            quantized = {}
+    del base, model
+    bases = {name: functools.partial(dequantized, weight) for name, weight in quantized.items()}
+    write_model(plan, target, bases)
     saved = load_merged(target, device)
     record = _compare(saved, sequences, expected)
     record["device"] = device.type
-    record["base"] = "full precision, trained over 4-bit" if config.load_in_4bit else "as trained"
+    if not config.load_in_4bit:
+        record["base"] = "as trained"
+    else:
+        record["base"] = DEQUANTISED if quantized else "full precision, trained over 4-bit"
+        record["loss_by_base"] = loss_by_base
     if not (
         record["max_abs_difference"] <= MAX_LOGIT_DIFFERENCE and record["kl_divergence"] <= MAX_KL
     ):

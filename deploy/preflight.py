@@ -4,6 +4,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from deploy.export_gguf import check_architecture
 from deploy.gguf_model import load_llama_cpp
 from deploy.llama_cpp_source import converter_dir
 from deploy.memory import FP32_BYTES, check_memory, count_parameters
@@ -30,6 +31,7 @@ def check_ready(
     """
     load_llama_cpp()
     converter_dir()
+    check_architecture(config)
     num_params = count_parameters(config)
     check_memory(config, num_params)
     needed = estimate_bytes(num_params, quantizations)

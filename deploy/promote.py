@@ -1,12 +1,11 @@
 """The best trial of a sweep -> a released model directory, `promoted/0001/`.
 
-Checks (runtime, converter, disk) -> test score and gate -> merge -> f16 GGUF -> quantise -> verify ->
+Checks (runtime, converter, disk) -> gates, with the test score -> merge -> f16 GGUF -> quantise -> verify ->
 card, Modelfile, manifest. Everything is made in a draft directory and renamed at the end, so a version
-is whole or not there, and is never changed afterwards.
+is whole or not there, and is never changed afterwards (`deploy.registry`).
 """
 
 import contextlib
-import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -14,18 +13,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import transformers
-from filelock import FileLock, Timeout
 
 from deploy.build import Evidence, Plan, StageTimes, base_name, build_version
+from deploy.gates import MAX_OVERFITTING, Gates, beats_base, not_overfitted, original, sweep_gates
+from deploy.measure import make_limits
 from deploy.preflight import check_ready
-from deploy.quantize import DEFAULT_QUANTIZATION, QUANTIZATIONS, check_quantizations
-from deploy.score import check_gate, load_held_out, score_on_test
+from deploy.quantize import ALL, DEFAULT_QUANTIZATION, QUANTIZATIONS, check_quantizations
+from deploy.registry import publish, registry_lock
+from deploy.score import compare, load_held_out, score_on_test
 from deploy.verify import BASE, BASE_4BIT
 from sweeps.ledger import SweepRecord, TrialRecord, read_sweep
 from training.cli import make_parser, parse, run_command
 from training.exceptions import ConfigError, SweepError
 from training.model import load_tokenizer
-from training.paths import PromotionPaths, SweepPaths, write_text
+from training.paths import PromotionPaths, SweepPaths
 
 BEST = -1
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -40,13 +41,42 @@ class PromoteOptions:
     )
     quantization: list[str] = field(
         default_factory=lambda: [DEFAULT_QUANTIZATION],
-        metadata={"help": f"GGUF types, the one for chat first: {', '.join(QUANTIZATIONS)}."},
+        metadata={
+            "help": f"GGUF types, the one for chat first: {', '.join(QUANTIZATIONS)}; or {ALL}, with "
+            "the recommended one first."
+        },
+    )
+    max_kl: float | None = field(
+        default=None,
+        metadata={
+            "help": "Recommend the smallest type whose KL divergence from the merged model is at most "
+            "this (nats a token), not the smallest that is not measurably worse."
+        },
+    )
+    max_size: str = field(
+        default="",
+        metadata={"help": "Recommend a type of at most this size: 100MB, 1.5GiB, or bytes."},
     )
     output_name: str = field(
         default="", metadata={"help": "Name of the model and its files; empty is MODEL-SWEEP."}
     )
     num_verify_examples: int = field(
         default=64, metadata={"help": "Most test examples on which all forms are compared."}
+    )
+    adapter_gguf: bool = field(
+        default=True,
+        metadata={"help": "Also write the adapter alone, for llama.cpp's --lora over the base."},
+    )
+    max_overfitting: float = field(
+        default=MAX_OVERFITTING,
+        metadata={
+            "help": "Most of what was gained on training examples that may be missing on test examples, "
+            "as a share."
+        },
+    )
+    force: bool = field(
+        default=False,
+        metadata={"help": "Promote a trial that fails gates; manifest and card say which."},
     )
 
 
@@ -66,16 +96,16 @@ def promote(sweep_dir: Path, options: PromoteOptions) -> PromotionPaths:
         SweepError: there is nothing to promote, or no room.
         ConfigError: an option is wrong.
         ModelError: the runtime or the converter is missing, or fails.
-        GateError: the model does not beat its base, or a verification failed.
+        GateError: a gate is not met, or a verification failed.
     """
     plan = make_plan(read_sweep(sweep_dir), options)
     trial, times = plan.trial, StageTimes()
     check_ready(trial.config, plan.quantizations, plan.sweep.paths)
     print(f"promoting trial {trial.number} ({trial.name}) at step {trial.result['best_step']}")
     with _draft(plan.sweep.paths) as draft:
-        evidence = _score_and_gate(trial, times)
+        evidence = _pass_gates(plan, options, times)
         build_version(plan, evidence, draft, times)
-        paths = _publish(plan.sweep.paths, draft)
+        paths = publish(plan.sweep.paths, draft)
     print(f"\n{paths.root}")
     print(f'talk to it: python -m deploy.chat {plan.sweep.paths.root} --prompt "..."')
     return paths
@@ -84,30 +114,41 @@ def promote(sweep_dir: Path, options: PromoteOptions) -> PromotionPaths:
 def make_plan(sweep: SweepRecord, options: PromoteOptions) -> Plan:
     """Raises ConfigError or SweepError for what cannot be promoted as asked."""
     quantizations = check_quantizations(options.quantization)
+    limits = make_limits(options.max_kl, options.max_size)
     if options.num_verify_examples < 1:
         raise ConfigError(
             f"--num_verify_examples is {options.num_verify_examples}, but must be >= 1"
         )
-    trial = choose_trial(sweep, options.trial)
+    if not options.max_overfitting >= 0:
+        raise ConfigError(f"--max_overfitting is {options.max_overfitting}, but must be >= 0")
+    trial = choose_trial(sweep, options.trial, options.force)
     name = options.output_name or f"{base_name(trial.config)[0].split('/')[-1]}-{sweep.name}"
     if not NAME_PATTERN.fullmatch(name):
         raise ConfigError(f"--output_name is {name!r}, but must be letters, digits, '.', '_', '-'")
-    return Plan(sweep, trial, name, quantizations, options.num_verify_examples)
+    return Plan(
+        sweep,
+        trial,
+        name,
+        quantizations,
+        options.num_verify_examples,
+        limits,
+        recommended_first=options.quantization == [ALL],
+        adapter_gguf=options.adapter_gguf,
+    )
 
 
-def choose_trial(sweep: SweepRecord, number: int = BEST) -> TrialRecord:
+def choose_trial(sweep: SweepRecord, number: int = BEST, force: bool = False) -> TrialRecord:
     """The trial of that number, or the best one; a copy stands for the trial that was trained.
 
     Raises:
-        SweepError: none has finished, they cannot be ranked, this one has not finished, or it has
-            no adapter.
+        SweepError: none has finished, they cannot be ranked, this one has not finished (forced: has no
+            result), or it has no adapter.
     """
     if number < BEST:
         raise ConfigError(f"--trial is {number}, but must be a trial's number, or {BEST}")
     trial = _best_trial(sweep) if number == BEST else sweep.trial(number)
-    if trial.result.get("same_as") is not None:
-        trial = sweep.trial(trial.result["same_as"])
-    if trial.state != "complete":
+    trial = original(sweep, trial)
+    if trial.state != "complete" and not (force and trial.result.get("best_step")):
         raise SweepError(f"{trial.paths.root}: the trial is {trial.state}, but must be complete")
     if not (trial.paths.adapter / "adapter_config.json").is_file():
         raise SweepError(f"{trial.paths.adapter}: no adapter is there, so nothing to promote")
@@ -120,53 +161,54 @@ def _best_trial(sweep: SweepRecord) -> TrialRecord:
     if num_sets > 1:
         raise SweepError(
             f"{sweep.paths.root}: the trials were scored on {num_sets} different validation sets, so "
-            "none of them is the best one; choose one with --trial N"
+            "none of them is the best one; choose one with --trial N --force"
         )
     return sweep.best()
 
 
-def _score_and_gate(trial: TrialRecord, times: StageTimes) -> Evidence:
+def _pass_gates(plan: Plan, options: PromoteOptions, times: StageTimes) -> Evidence:
+    trial, gates = plan.trial, Gates(options.force)
+    for gate in sweep_gates(plan.sweep, trial):
+        gates.check(gate)
     tokenizer = load_tokenizer(trial.config)
     with times.stage("test score"):
         splits = load_held_out(trial, tokenizer)
-        score = score_on_test(trial, splits.test)
+        score = score_on_test(trial, splits)
     is_4bit = trial.config.load_in_4bit
-    gate = check_gate(
-        score.adapter, score.base, base_name="its base model" + (" (4-bit)" if is_4bit else "")
-    )
+    scored = compare(score.adapter, score.base)
+    name = "its base model" + (" (4-bit)" if is_4bit else "")
+    gates.check(beats_base("beats_base", scored, "the adapter", name))
+    overfitting = not_overfitted(score, options.max_overfitting)
+    gates.check(overfitting)
     print(
-        f"    test loss {gate.tuned:.4f}, {BASE_4BIT if is_4bit else BASE} {gate.base:.4f}: {gate} "
-        f"over {gate.num_examples} examples" + (", as scored before" if score.scored_before else "")
+        f"    test loss {scored.tuned:.4f}, {BASE_4BIT if is_4bit else BASE} {scored.base:.4f}: {scored} "
+        f"over {scored.num_examples} examples, {overfitting.value['overfitting']:.0%} overfitting"
+        + (", as scored before" if score.scored_before else "")
     )
     return Evidence(
-        tokenizer, splits.train, splits.validation, splits.test, splits.counts, score, gate
+        tokenizer,
+        splits.train,
+        splits.validation,
+        splits.test,
+        splits.counts,
+        score,
+        scored,
+        gates,
     )
 
 
 @contextlib.contextmanager
 def _draft(paths: SweepPaths) -> Iterator[PromotionPaths]:
     """An empty directory to build in; gone afterwards. One promotion at a time."""
-    paths.promoted.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(paths.promotion_lock, timeout=0):
-            draft = PromotionPaths(paths.promotion_draft)
-            # A killed promotion leaves its draft behind.
+    with registry_lock(paths):
+        draft = PromotionPaths(paths.promotion_draft)
+        # A killed promotion leaves its draft behind.
+        shutil.rmtree(draft.root, ignore_errors=True)
+        draft.root.mkdir()
+        try:
+            yield draft
+        finally:
             shutil.rmtree(draft.root, ignore_errors=True)
-            draft.root.mkdir()
-            try:
-                yield draft
-            finally:
-                shutil.rmtree(draft.root, ignore_errors=True)
-    except Timeout:
-        raise SweepError(f"{paths.root}: another promotion is running") from None
-
-
-def _publish(paths: SweepPaths, draft: PromotionPaths) -> PromotionPaths:
-    numbers = [int(path.name) for path in paths.promoted.glob("[0-9]*") if path.name.isdigit()]
-    version = paths.promotion(max(numbers, default=0) + 1)
-    os.rename(draft.root, version.root)
-    write_text(paths.current_promotion, version.root.name + "\n")
-    return version
 
 
 if __name__ == "__main__":

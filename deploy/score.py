@@ -1,21 +1,24 @@
-"""The one test score of a trial: base and adapter on the test split, kept per example; and the gate.
+"""The one test score of a trial: base and adapter on the test split, kept per example.
 
-The test split is looked at once, for the gate of promotion; what was scored stays in the trial's
-`test/<step>.parquet` and `result.json`, and is read back the next time.
+The test split is looked at once, for the gates of promotion, and with it as many examples that the trial
+was trained on; what was scored stays in the trial's `test/`, `train/` and `result.json`, and is read back the
+next time.
 """
 
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pandas as pd
+import torch
 from datasets import Dataset
 
-from analysis.stats import MIN_EXAMPLES, Interval, difference_interval
+from analysis.stats import Interval, difference_interval
 from deploy.merge import load_with_adapter
 from sweeps.ledger import TrialRecord
 from training.data import DataSplits, load_splits
 from training.evaluate import example_losses, mean_loss
-from training.exceptions import GateError, SweepError
+from training.exceptions import SweepError
 from training.paths import write_atomic, write_json
 
 CONFIDENCE = 0.95
@@ -24,12 +27,15 @@ TEST_LOSS, BASE_TEST_LOSS = "test/loss", "base_test/loss"
 
 @dataclass(frozen=True)
 class TestScore:
-    """Per-example test losses: `example_id`, `loss_sum` (nats), `num_tokens`."""
+    """Per-example losses: `example_id`, `loss_sum` (nats), `num_tokens`."""
 
     __test__ = False  # Not a pytest class.
 
     adapter: pd.DataFrame
     base: pd.DataFrame
+    adapter_train: pd.DataFrame
+    """On examples that the trial was trained on."""
+    base_train: pd.DataFrame
     scored_before: bool
 
 
@@ -51,31 +57,10 @@ class Comparison:
         )
 
 
-def check_gate(
-    tuned: pd.DataFrame,
-    base: pd.DataFrame,
-    tuned_name: str = "the adapter",
-    base_name: str = "its base model",
-) -> Comparison:
-    """Compares test losses: all of the interval of their difference must be below 0.
-
-    Raises:
-        GateError: the tuned model does not beat its base, or the examples are too few to tell.
-    """
+def compare(tuned: pd.DataFrame, base: pd.DataFrame) -> Comparison:
+    """Both must be of the same examples."""
     interval = difference_interval(tuned, base, confidence=CONFIDENCE)
-    comparison = Comparison(mean_loss(tuned), mean_loss(base), interval, len(base))
-    if len(base) < MIN_EXAMPLES:
-        raise GateError(
-            f"the test split has {len(base)} examples, but must have at least {MIN_EXAMPLES} to tell "
-            f"whether {tuned_name} beats {base_name}; a larger test_fraction or max_eval_samples, "
-            "or more data, makes it larger"
-        )
-    if not interval.high < 0:
-        raise GateError(
-            f"{tuned_name} does not beat {base_name} on {len(base)} test examples: test loss differs "
-            f"by {comparison}, but all of it must be below 0"
-        )
-    return comparison
+    return Comparison(mean_loss(tuned), mean_loss(base), interval, len(base))
 
 
 def load_held_out(trial: TrialRecord, tokenizer: Any) -> DataSplits:
@@ -95,29 +80,48 @@ def load_held_out(trial: TrialRecord, tokenizer: Any) -> DataSplits:
     return splits
 
 
-def score_on_test(trial: TrialRecord, test: Dataset) -> TestScore:
+def score_on_test(trial: TrialRecord, splits: DataSplits) -> TestScore:
     """Scores base and adapter, or reads the scores of the first time."""
-    step = trial.result["best_step"]
-    adapter_file, base_file = trial.paths.test_losses(step), trial.paths.test_losses(0)
+    paths, step = trial.paths, trial.result["best_step"]
+    files = [
+        paths.test_losses(step),
+        paths.test_losses(0),
+        paths.train_losses(step),
+        paths.train_losses(0),
+    ]
     known = {TEST_LOSS, BASE_TEST_LOSS} <= trial.result.keys()
-    if known and adapter_file.is_file() and base_file.is_file():
-        return TestScore(pd.read_parquet(adapter_file), pd.read_parquet(base_file), True)
-    score = _score(trial, test)
-    write_atomic(base_file, score.base.to_parquet)
-    write_atomic(adapter_file, score.adapter.to_parquet)
+    if known and all(file.is_file() for file in files):
+        return TestScore(*map(pd.read_parquet, files), scored_before=True)
+    score = _score(trial, splits.test, trained_on(trial, splits.train, len(splits.test)))
+    frames = [score.adapter, score.base, score.adapter_train, score.base_train]
+    for file, losses in zip(files, frames, strict=True):
+        write_atomic(file, losses.to_parquet)
     trial.result[TEST_LOSS] = mean_loss(score.adapter)
     trial.result[BASE_TEST_LOSS] = mean_loss(score.base)
-    write_json(trial.paths.result, trial.result)
+    write_json(paths.result, trial.result)
     return score
 
 
-def _score(trial: TrialRecord, test: Dataset) -> TestScore:
+def trained_on(trial: TrialRecord, train: Dataset, most: int) -> Dataset:
+    """Up to `most` examples that the trial was trained on until its best step, spread over that time.
+
+    In the first epoch's order, the Trainer's (`training.examples.BatchOrder`); after it, all were seen.
+    """
+    config, generator = trial.config, torch.Generator().manual_seed(trial.config.seed)
+    order = torch.randperm(len(train), generator=generator)
+    step_size = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    num_seen = min(len(train), trial.result["best_step"] * step_size)
+    places = np.unique(np.linspace(0, num_seen - 1, min(most, num_seen)).astype(int))
+    return train.select(order[places].tolist())
+
+
+def _score(trial: TrialRecord, test: Dataset, train: Dataset) -> TestScore:
     config = trial.config
     model = load_with_adapter(config, trial.paths.adapter)
     batch_size = config.per_device_eval_batch_size
     # The inner model is the Transformers one, with the adapter in its layers.
     inner: Any = model.get_base_model()
-    adapter = example_losses(inner, test, batch_size)
+    adapter, adapter_train = (example_losses(inner, data, batch_size) for data in (test, train))
     with model.disable_adapter():
-        base = example_losses(inner, test, batch_size)
-    return TestScore(adapter, base, False)
+        base, base_train = (example_losses(inner, data, batch_size) for data in (test, train))
+    return TestScore(adapter, base, adapter_train, base_train, False)

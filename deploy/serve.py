@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from deploy.chat import find_gguf
 from deploy.gguf_model import last_error, load_llama_cpp
 from deploy.llama_cpp_wheel import num_cores
+from deploy.registry import find_gguf
 from training.cli import make_parser, parse, run_command
 from training.exceptions import ConfigError, ModelError
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from deploy.gguf_model import NOT_SUPERVISED, GgufModel, open_gguf
+from deploy.gguf_model import NOT_SUPERVISED, GgufModel, LookAtExample, open_gguf
 from deploy.modelfile import adds_bos
 from deploy.quantize import QUANTIZATIONS, UNQUANTIZED
 from training.evaluate import mean_loss
@@ -66,7 +66,10 @@ STRINGS = (
 
 
 def verify_gguf(
-    path: Path, tokenizer: Any, examples: Sequence[Mapping[str, Any]]
+    path: Path,
+    tokenizer: Any,
+    examples: Sequence[Mapping[str, Any]],
+    look: LookAtExample | None = None,
 ) -> tuple[dict[str, Any], pd.DataFrame]:
     """Checks one GGUF against the tokenizer it was made with, and scores `examples`.
 
@@ -74,6 +77,7 @@ def verify_gguf(
         path: the file.
         tokenizer: the Transformers tokenizer of the merged model.
         examples: test examples with `example_id`, `input_ids`, `labels`.
+        look: sees the logits of their supervised tokens (`deploy.measure`).
 
     Returns:
         What was checked, and the per-example losses.
@@ -96,7 +100,7 @@ def verify_gguf(
             "special_tokens": check_special_tokens(gguf, tokenizer, examples),
             "answers": check_answers_end(gguf, prompts),
         }
-        return record, gguf.example_losses(examples)
+        return record, gguf.example_losses(examples, look)
 
 
 def check_tokens(gguf: GgufModel, tokenizer: Any, texts: Sequence[str]) -> dict[str, Any]:

@@ -31,16 +31,31 @@ ORPHANS_END_S = 60.0
 """Longest that workers may take to save their trials after their runner was killed."""
 
 
-def check_directory(definition: SweepDefinition, paths: SweepPaths) -> None:
+def check_directory(
+    definition: SweepDefinition, paths: SweepPaths, *, is_shared: bool = False
+) -> None:
     """Refuses a directory that is another sweep's, or no sweep's at all.
+
+    Args:
+        definition: the sweep that wants it.
+        paths: the directory.
+        is_shared: whether the study is in a database, and not in the directory.
 
     Raises:
         SweepError: with what stands in the way; nothing has been touched.
     """
     check_owner(definition, paths)
+    if is_shared and paths.study.is_file():
+        raise SweepError(
+            f"{paths.root}: has its study in {paths.study.name}, but --storage is given: go on without it"
+        )
     if paths.definition.is_file():
-        if not paths.study.is_file() and paths.trials.is_dir() and any(paths.trials.iterdir()):
-            raise SweepError(f"{paths.root}: has trials, but {paths.study.name} is missing")
+        has_trials = paths.trials.is_dir() and any(paths.trials.iterdir())
+        if not is_shared and not paths.study.is_file() and has_trials:
+            raise SweepError(
+                f"{paths.root}: has trials, but {paths.study.name} is missing (a sweep with --storage "
+                "needs it each time)"
+            )
     elif paths.root.is_dir() and not all(_is_own(path, paths) for path in paths.root.iterdir()):
         raise SweepError(f"{paths.root}: has files, but no {paths.definition.name}: not a sweep's")
 
@@ -63,8 +78,10 @@ def check_owner(definition: SweepDefinition, paths: SweepPaths) -> None:
 
 
 @contextmanager
-def locked(paths: SweepPaths) -> Iterator[IO[str]]:
+def locked(paths: SweepPaths, *, is_shared: bool = False) -> Iterator[IO[str]]:
     """Holds the sweep's lock, in an open file that worker processes inherit.
+
+    With `is_shared` others may hold it in the same way: the runners of a study in a database.
 
     The kernel frees it when all that have the file open have ended, however they end: so workers whose
     runner was killed are waited for, up to `ORPHANS_END_S` seconds.
@@ -75,7 +92,7 @@ def locked(paths: SweepPaths) -> Iterator[IO[str]]:
     paths.root.mkdir(parents=True, exist_ok=True)
     with open(paths.lock, "a+", encoding="utf-8") as file:
         deadline = time.monotonic() + ORPHANS_END_S
-        while not _try_lock(file):
+        while not _try_lock(file, fcntl.LOCK_SH if is_shared else fcntl.LOCK_EX):
             file.seek(0)
             owner = file.read().strip()
             if _is_alive(owner) or time.monotonic() > deadline:
@@ -103,9 +120,18 @@ def allocate_trial(paths: SweepPaths) -> int:
         return number
 
 
-def _try_lock(file: IO[str]) -> bool:
+def is_locked(paths: SweepPaths) -> bool:
+    """Whether a process runs the sweep, or workers of a killed one save their trials."""
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with open(paths.lock, encoding="utf-8") as file:
+            return not _try_lock(file)
+    except OSError:
+        return False
+
+
+def _try_lock(file: IO[str], kind: int = fcntl.LOCK_EX) -> bool:
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     return True
@@ -126,6 +152,20 @@ def write_definition(definition: SweepDefinition, paths: SweepPaths) -> None:
     write_text(paths.definition, definition.text)
     if not paths.environment.is_file():
         write_json(paths.environment, describe_environment())
+
+
+def continue_files(lost: TrialPaths, paths: TrialPaths) -> None:
+    """Gives a trial what another one had saved whose process is gone: history, evaluations, state."""
+    if paths.root.is_dir() or not lost.root.is_dir():
+        return
+    own = (lost.config, lost.result, lost.log, lost.wandb, lost.wandb_receipt)
+    left_out = shutil.ignore_patterns(*(path.name for path in own))
+
+    def write(root: Path) -> None:
+        shutil.copytree(lost.root, root, dirs_exist_ok=True, ignore=left_out)
+
+    write_directory(paths.root, write)
+    shutil.rmtree(lost.state, ignore_errors=True)
 
 
 def copy_known(
@@ -158,5 +198,5 @@ def _is_own(path: Path, paths: SweepPaths) -> bool:
 
     The report on a CSV of the sweep's name may be there, too.
     """
-    own = (".", paths.lock.name, paths.study.name, paths.report.name)
+    own = (".", paths.lock.name, paths.decision_lock.name, paths.study.name, paths.report.name)
     return path.name.startswith(own)

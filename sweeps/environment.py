@@ -7,6 +7,7 @@ diff of uncommitted changes is kept, too: a dirty tree is otherwise lost.
 import importlib.metadata
 import os
 import platform
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -35,9 +36,14 @@ def describe_environment() -> dict[str, Any]:
         "num_cpus": os.cpu_count(),
         "device": _device(),
         "packages": {name: _version(name) for name in _PACKAGES},
-        "argv": sys.argv,
+        "argv": [_without_password(argument) for argument in sys.argv],
         "git": _git_state(Path(__file__).resolve().parents[1]),
     }
+
+
+def _without_password(argument: str) -> str:
+    """A database's URL is recorded without what opens it."""
+    return re.sub(r"(://[^:/@\s]*):[^@\s]*@", r"\1:***@", argument)
 
 
 def _device() -> str:

@@ -61,6 +61,22 @@ class TrialRecord:
         """Per-example validation losses at `step`: `example_id`, `loss_sum` (nats), `num_tokens`."""
         return pd.read_parquet(self.paths.eval_losses(step))
 
+    def samples(self) -> dict[int, list[dict[str, Any]]]:
+        """Answers to the sweep's fixed prompts by step, 0 the base model's; damaged files are left out.
+
+        Each has `prompt`, `response`, `num_tokens` (of the response) and `ended` (itself, or it was cut).
+        """
+        samples = {}
+        for path in self.paths.samples.glob("[0-9]*.json"):
+            try:
+                record = read_json(path)
+                step, answers = int(path.stem), record["samples"]
+            except (OSError, ValueError, KeyError, TypeError):
+                continue
+            if isinstance(answers, list) and all(_is_sample(answer) for answer in answers):
+                samples[step] = answers
+        return dict(sorted(samples.items()))
+
 
 @dataclass
 class StepCount:
@@ -193,6 +209,13 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         if isinstance(record, dict):
             records.append(record)
     return records
+
+
+def _is_sample(value: Any) -> bool:
+    kinds = {"prompt": str, "response": str, "num_tokens": int, "ended": bool}
+    return isinstance(value, dict) and all(
+        isinstance(value.get(name), kind) for name, kind in kinds.items()
+    )
 
 
 def _read_record(path: Path) -> dict[str, Any]:

@@ -21,10 +21,12 @@ from sweeps.trial_queue import TrialQueue
 from training.exceptions import SweepError
 from training.job import Engine, Job, JobOptions
 from training.paths import write_json
-from training.progress import Progress
+from training.progress import Progress, duration
 
 MOST_DEATHS = 5
 """Deaths of its workers without an evaluation between that fail a trial; of idle workers, the sweep."""
+HANGS_S = 1800.0
+"""A worker that trains and has shown no progress for so long hangs, and is killed."""
 SAVING_S = 60.0
 """Longest that workers may take to save their trials when they are told to stop."""
 
@@ -39,6 +41,8 @@ class _Worker:
     progress: dict[int, Progress] = field(default_factory=dict)
     asks: bool = False
     """It is idle and waits for a job."""
+    heard_s: float = field(default_factory=time.monotonic)
+    """When it has said something last."""
 
 
 def train_in_workers(
@@ -94,7 +98,7 @@ class _Pool:
             env={**os.environ, **worker_environment(number, self.num_workers)},
         )
         theirs.close()
-        names = ("slots", "report_to", "group", "project", "entity", "log_model")
+        names = ("slots", "report_to", "group", "project", "entity", "log_model", "num_samples")
         ours.send((self.engine, {name: getattr(self.options, name) for name in names}))
         self.workers.append(_Worker(number=number, process=process, connection=ours))
 
@@ -110,8 +114,10 @@ class _Pool:
                 except (EOFError, OSError):
                     self._ended(worker)
                     continue
+                worker.heard_s = time.monotonic()
                 self._handle(worker, *message)
             self._give_jobs()
+            self._kill_hanging()
         if self.options.stop.is_set():
             raise KeyboardInterrupt  # the signal has ended the workers first
 
@@ -173,6 +179,17 @@ class _Pool:
             if job is not None or self.queue.is_idle:
                 worker.asks = False
                 self._give(worker, job)
+
+    def _kill_hanging(self) -> None:
+        """A worker that has died is replaced at once; one that hangs has to be killed for that."""
+        for worker in self.workers:
+            # Before its first progress it may be downloading a model.
+            if worker.progress and time.monotonic() - worker.heard_s > HANGS_S:
+                self.options.display.console.print(
+                    f"worker {worker.number} has shown no progress for {duration(HANGS_S)}: killed"
+                )
+                worker.process.kill()
+                worker.heard_s = time.monotonic()
 
     def _give(self, worker: _Worker, job: Job | None) -> None:
         if job is not None:

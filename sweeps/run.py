@@ -12,13 +12,15 @@ from pathlib import Path
 from typing import IO, Literal
 
 import optuna
+from filelock import FileLock
 
 from sweeps.directory import check_directory, locked, write_definition
 from sweeps.ledger import SweepRecord, read_sweep
 from sweeps.pool import find_gpus, train_in_workers
 from sweeps.seeds import queue_final_round
+from sweeps.shared import SharedStudy
 from sweeps.spec import SweepDefinition, read_definition
-from sweeps.study import open_study, planned_points
+from sweeps.study import close_study, open_study, planned_points
 from sweeps.terminal import make_console, print_summary
 from sweeps.trial_queue import TrialQueue
 from training.cli import make_parser, parse, run_command
@@ -41,6 +43,13 @@ class RunOptions:
     """Options of `python -m sweeps.run`."""
 
     output_dir: str = field(default="runs", metadata={"help": "Directory of sweep directories."})
+    storage: str | None = field(
+        default=None,
+        metadata={
+            "help": "URL of a database, e.g. postgresql://HOST/DB, whose study several machines share: each "
+            "runs this command on the same --output_dir. Without it, the sweep's own study.db."
+        },
+    )
     num_trials: int | None = field(
         default=None,
         metadata={
@@ -89,6 +98,13 @@ class RunOptions:
             "help": "Adapters uploaded to W&B: of every trial (all), or when one is the best."
         },
     )
+    num_samples: int = field(
+        default=0,
+        metadata={
+            "help": "Validation prompts that a trial answers at each evaluation at which its loss is the "
+            "lowest so far; its answers and the base model's are kept in its samples/. 0 is none."
+        },
+    )
     project: str | None = field(
         default=None,
         metadata={"help": "W&B project; without it the definition's own, or loraloom."},
@@ -111,10 +127,16 @@ def run_sweep(definition: SweepDefinition, options: RunOptions) -> SweepRecord:
     """
     _check(options)
     paths = SweepPaths(Path(options.output_dir) / definition.name)
-    check_directory(definition, paths)
+    check_directory(definition, paths, is_shared=options.storage is not None)
     console = make_console()
-    with locked(paths) as lock:
-        study = open_study(definition, paths)
+    is_shared = options.storage is not None
+    with locked(paths, is_shared=is_shared) as lock, contextlib.ExitStack() as stack:
+        deciding = FileLock(paths.decision_lock) if is_shared else contextlib.nullcontext()
+        with deciding:  # two that start at the same time make one study
+            study = open_study(definition, paths, options.storage)
+        shared = SharedStudy(study, paths) if is_shared else None
+        if shared:
+            stack.enter_context(shared.beating())
         try:
             num_trials = _num_trials(definition, study, options)
             write_definition(definition, paths)
@@ -122,6 +144,7 @@ def run_sweep(definition: SweepDefinition, options: RunOptions) -> SweepRecord:
                 definition=definition,
                 paths=paths,
                 study=study,
+                shared=shared,
                 num_trials=num_trials,
                 is_capped=options.num_trials is not None or definition.run_cap is not None,
                 num_seeds=options.num_seeds,
@@ -130,13 +153,17 @@ def run_sweep(definition: SweepDefinition, options: RunOptions) -> SweepRecord:
                 display=Display(console),
             )
             console.print(f"sweep {definition.name}: {paths.root}")
-            queue.resume()
-            _train(queue, options, lock)
+            try:
+                queue.resume()
+                _train(queue, options, lock)
+            finally:
+                queue.give_back()
         except optuna.exceptions.StorageInternalError as error:
             reason = str(error.__cause__ or error).splitlines()[0]
-            raise SweepError(f"{paths.study}: cannot be written: {reason}") from error
+            where = "--storage" if is_shared else paths.study
+            raise SweepError(f"{where}: cannot be written: {reason}") from error
         finally:
-            _close(study)
+            close_study(study)
     record = read_sweep(paths.root)
     print_summary(record, console)
     return record
@@ -153,6 +180,7 @@ def _train(queue: TrialQueue, options: RunOptions, lock: IO[str]) -> None:
         project=options.project or definition.config.get("project") or "loraloom",
         entity=os.environ.get("WANDB_ENTITY") or definition.config.get("entity"),
         log_model=options.log_model,
+        num_samples=options.num_samples,
         display=queue.display,
     )
     with _time_limit(options.timeout, queue, job_options.stop), stops_gently(job_options.stop):
@@ -201,7 +229,8 @@ def _time_limit(
 
 
 def _check(options: RunOptions) -> None:
-    for name, least in (("slots", 0), ("workers", 0), ("num_seeds", 1), ("final_seeds", 0)):
+    least_of = {"slots": 0, "workers": 0, "num_seeds": 1, "final_seeds": 0, "num_samples": 0}
+    for name, least in least_of.items():
         value = getattr(options, name)
         if value is not None and value < least:
             raise ConfigError(f"--{name} is {value}, but must be >= {least}")
@@ -225,13 +254,6 @@ def _num_trials(
             "(or --num_trials) to end"
         )
     return limit
-
-
-def _close(study: optuna.Study) -> None:
-    backend = getattr(study._storage, "_backend", study._storage)
-    if isinstance(backend, optuna.storages.RDBStorage):
-        backend.remove_session()
-        backend.engine.dispose()
 
 
 if __name__ == "__main__":

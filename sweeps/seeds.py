@@ -6,7 +6,8 @@ means over seeds decide, and the interval says how much they are worth.
 
 from sweeps.ledger import read_sweep
 from sweeps.ties import tied_with_best
-from sweeps.trial_queue import SEED_ATTR, SEED_OF_ATTR, TrialQueue, further_seed
+from sweeps.trial_queue import TrialQueue
+from sweeps.waiting import SEED_ATTR, SEED_OF_ATTR, further_seed
 
 _LEADERS_ATTR = "final_round"
 """Of the study: numbers of the trials in the final round, so that a later start goes on with the same."""

@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+import yaml
 from optuna.distributions import (
     BaseDistribution,
 )
 from optuna.exceptions import ExperimentalWarning
-from optuna.pruners import NopPruner
+from optuna.pruners import BasePruner, NopPruner
 from optuna.samplers import BaseSampler, GridSampler, RandomSampler, TPESampler
-from sqlalchemy import URL
+from sqlalchemy import URL, make_url
 from wandb.sdk.sweeps.scheduler.client import load_optimizer_config
 from wandb.sdk.sweeps.scheduler.optuna import search_space_from_sweep_config
 from wandb.sdk.sweeps.sweep_info import SweepInfo
@@ -32,11 +33,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from sweeps.one_factor import OneFactorSampler
 from sweeps.parameters import listed_values
 from sweeps.pruning import build_pruner, stored_losses
-from sweeps.spec import SweepDefinition
+from sweeps.shared import GRACE_S, HEARTBEAT_S
+from sweeps.spec import SweepDefinition, check_definition
 from training.exceptions import ConfigError, SweepError
 from training.paths import SweepPaths
 
 _ROOT = Path(__file__).resolve().parents[1]
+
+_DEFINITION_ATTR = "definition"
+"""Of a study in a database: the YAML of the sweep that it belongs to."""
 
 Point = dict[str, Any]
 
@@ -96,12 +101,21 @@ def search_space(definition: SweepDefinition) -> dict[str, BaseDistribution]:
     return search_space_from_sweep_config(parameters)
 
 
-def open_study(definition: SweepDefinition, paths: SweepPaths) -> optuna.Study:
+def open_study(
+    definition: SweepDefinition, paths: SweepPaths, storage_url: str | None = None
+) -> optuna.Study:
     """The sweep's study, created in `paths.study` unless it is there.
+
+    Args:
+        definition: the sweep.
+        paths: its directory.
+        storage_url: SQLAlchemy's URL of a database for a study that several runners share; it bears the
+            sweep's name there.
 
     Raises:
         ConfigError: the definition's scheduler cannot build a study.
-        SweepError: the file is there and is no study.
+        SweepError: the file is there and is no study, the database cannot be had, or its study is of
+            another search space.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     sampler = build_sampler(definition)
@@ -109,6 +123,8 @@ def open_study(definition: SweepDefinition, paths: SweepPaths) -> optuna.Study:
     if definition.config.get("scheduler"):
         built = scheduler_study(definition)
         sampler, pruner = built.sampler, built.pruner
+    if storage_url is not None:
+        return _open_shared(definition, paths, storage_url, sampler, pruner)
     url = URL.create("sqlite", database=str(paths.study.resolve())).render_as_string()
     try:
         storage = optuna.storages.RDBStorage(url)
@@ -126,6 +142,81 @@ def open_study(definition: SweepDefinition, paths: SweepPaths) -> optuna.Study:
         # SQLAlchemy raises its own errors and Optuna wraps some of them: all mean the same here.
         reason = str(error).splitlines()[0]
         raise SweepError(f"{paths.study}: cannot be opened as a study: {reason}") from error
+
+
+def _open_shared(
+    definition: SweepDefinition,
+    paths: SweepPaths,
+    storage_url: str,
+    sampler: BaseSampler | None,
+    pruner: BasePruner,
+) -> optuna.Study:
+    where = "--storage"
+    try:
+        url = make_url(storage_url)
+        if (
+            url.drivername == "postgresql"
+        ):  # SQLAlchemy takes this for psycopg2, which is not installed
+            url = url.set(drivername="postgresql+psycopg")
+        where = f"--storage is {url.render_as_string(hide_password=True)}"
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ExperimentalWarning)  # heartbeats
+            storage = optuna.storages.RDBStorage(
+                url.render_as_string(hide_password=False),
+                engine_kwargs={
+                    "pool_pre_ping": True
+                },  # a server that was started again is no error
+                heartbeat_interval=HEARTBEAT_S,
+                grace_period=GRACE_S,
+            )
+        study = optuna.create_study(
+            storage=storage,
+            study_name=definition.name,
+            load_if_exists=True,
+            direction="minimize",
+            sampler=sampler,
+            pruner=pruner,
+        )
+    except Exception as error:
+        # SQLAlchemy, its drivers and Optuna raise their own errors: all mean the same here.
+        reason = str(error.__cause__ or error).strip().splitlines()[0]
+        raise SweepError(f"{where}, which cannot be opened: {reason}") from error
+    problem = _shared_problem(study, definition, paths)
+    if problem:
+        close_study(study)
+        raise SweepError(f"{where}, where study {definition.name} {problem}")
+    return study
+
+
+def _shared_problem(
+    study: optuna.Study, definition: SweepDefinition, paths: SweepPaths
+) -> str | None:
+    """Why this study is not the sweep's, or its files are not here; None if all is well."""
+    known = study.user_attrs.get(_DEFINITION_ATTR)
+    if known is None:
+        study.set_user_attr(_DEFINITION_ATTR, definition.text)
+    else:
+        config = yaml.safe_load(known)
+        difference = check_definition(config, known, definition.path).difference(definition)
+        if difference:
+            return (
+                f"is another sweep's: {difference} is not as in {definition.path}; give this one "
+                "another name"
+            )
+    if study.get_trials(deepcopy=False) and not paths.definition.is_file():
+        return (
+            f"has trials, but their files are not in {paths.root}: all machines must see the same "
+            "--output_dir"
+        )
+    return None
+
+
+def close_study(study: optuna.Study) -> None:
+    """Closes the study's connections to its database."""
+    backend = getattr(study._storage, "_backend", study._storage)
+    if isinstance(backend, optuna.storages.RDBStorage):
+        backend.remove_session()
+        backend.engine.dispose()
 
 
 def scheduler_study(definition: SweepDefinition) -> optuna.Study:

@@ -6,6 +6,7 @@ the shortest goes first. The study and the trial directories say between them wh
 with a result is told, one without goes on under its number, a failed one is queued again by each start.
 """
 
+import contextlib
 import json
 import math
 import time
@@ -14,17 +15,32 @@ from typing import Any
 
 import optuna
 from optuna.samplers import GridSampler, RandomSampler
-from optuna.trial import FrozenTrial, TrialState, create_trial
+from optuna.trial import FrozenTrial, TrialState
 from rich.console import Console
 
-from sweeps.directory import copy_known
+from sweeps.asked import STOPPED_BY_REQUEST, AskedFor
+from sweeps.directory import continue_files, copy_known
+from sweeps.leaders import Leaders
 from sweeps.ledger import METRIC, StepCount, read_metrics, read_sweep, read_trial
-from sweeps.one_factor import COMBINATION, NAME_ATTR, OneFactorSampler
+from sweeps.one_factor import NAME_ATTR, OneFactorSampler
 from sweeps.pruning import Pruning
+from sweeps.shared import SharedStudy
 from sweeps.spec import SweepDefinition
 from sweeps.stages import Sharing, branch_points, planned_steps
 from sweeps.study import build_sampler, planned_points, search_space
 from sweeps.terminal import first_line, params_text
+from sweeps.waiting import (
+    CONTINUES_ATTR,
+    ORIGIN_ATTR,
+    REQUEST_ATTR,
+    RETRY_ATTR,
+    SEED_ATTR,
+    SEED_OF_ATTR,
+    continuation,
+    further_seed,
+    is_combination,
+    retry,
+)
 from training.config import TrialConfig
 from training.exceptions import LoraloomError, SweepError
 from training.job import Job, Outcome, Trials
@@ -33,14 +49,10 @@ from training.progress import Display, duration
 from training.tracking import new_run_id
 
 MAX_FAILURES_IN_A_ROW = 3
-RETRY_ATTR = "retry_of"
-SEED_OF_ATTR = "seed_of"
-SEED_ATTR = "seed"
 WINDOW = 64
 """Most trials asked for before their turn, where none depends on results; more if none can begin yet."""
 MOST_BLOCKED = 4
 """Most trials that wait for others where results decide what is asked for, or whether anything still is."""
-_GRID_ATTRS = ("grid_id", "search_space")
 
 
 @dataclass(kw_only=True)
@@ -50,7 +62,8 @@ class TrialQueue(Trials):
     Args:
         definition: the sweep.
         paths: its directory.
-        study: its Optuna study, which nobody else writes.
+        study: its Optuna study, which nobody else writes unless it is shared.
+        shared: what runners of a shared study keep from each other.
         num_trials: trials in all, retries and further seeds not counted; None if the sampler says.
         is_capped: whether that number is the user's, and not the design's.
         num_seeds: seeds that each setting is trained with; the sampler sees the mean.
@@ -62,6 +75,7 @@ class TrialQueue(Trials):
     definition: SweepDefinition
     paths: SweepPaths
     study: optuna.Study
+    shared: SharedStudy | None = None
     num_trials: int | None
     is_capped: bool = False
     num_seeds: int = 1
@@ -95,6 +109,8 @@ class TrialQueue(Trials):
         self.planned = planned_points(self.study, self.definition)
         self.sharing = Sharing.of(self.paths)
         self.pruning = Pruning(self.study, self.paths)
+        self.leaders = Leaders(self.paths)
+        self.asked = AskedFor(self.study, self.paths)
         self.wandb_id = self.study.user_attrs.get("wandb_id")
         if self.wandb_id is None:  # a trial keeps its W&B run over all starts of its sweep
             self.wandb_id = new_run_id()
@@ -106,6 +122,10 @@ class TrialQueue(Trials):
 
     def resume(self) -> None:
         """Settles what an earlier start has left, and queues its failed trials again."""
+        with self._alone():
+            self._resume()
+
+    def _resume(self) -> None:
         for trial in read_sweep(self.paths.root).all_trials:
             if not trial.result:
                 continue
@@ -113,7 +133,8 @@ class TrialQueue(Trials):
             self._learn(trial.number, trial.settings, trial.result)
         self.num_trained_before = self.steps.trained
         failed = self._failed()
-        for frozen in self.study.get_trials(states=[TrialState.RUNNING]):
+        mine = [] if self.shared else self.study.get_trials(states=[TrialState.RUNNING])
+        for frozen in mine:
             if not self.paths.trial(frozen.number).result.is_file():
                 self.unfinished.append(frozen)
             else:
@@ -124,15 +145,20 @@ class TrialQueue(Trials):
         if num_done:
             self.console.print(f"{num_done} of {self.num_trials or '?'} trials are already there")
         for frozen in failed:
-            if _is_combination(frozen):
+            if is_combination(frozen):
                 self.late.append(frozen)
             else:
-                self.study.add_trial(_retry(frozen))
+                self.study.add_trial(retry(frozen))
 
     # What a pack asks and tells
 
     def next_job(self) -> Job | None:
         """The next trial to train; None where there is none before one that is running has ended."""
+        with self._alone():
+            self._look_outside()
+            return self._next_job()
+
+    def _next_job(self) -> Job | None:
         while not (self.closed or self.has_nothing):
             self._look_ahead()
             job = self._take_ready()
@@ -153,23 +179,45 @@ class TrialQueue(Trials):
         # Stages that it has passed and not stored are worth no waiting.
         self.sharing.passed(job.number, step)
         self.has_nothing = False
-        if not step or _is_further_seed(job):
+        if not step or _is_further_seed(job) or self._is_taken(job):
             return None
         metrics = read_metrics(job.paths.metrics)
         return self.pruning.forked(self._trial(job.number), job.config, metrics)
 
     def evaluated(self, job: Job, step: int, loss: float) -> str | None:
+        if self.asked.take():
+            self.has_nothing = False
+        if job.number in self.asked.stopped:
+            return STOPPED_BY_REQUEST
+        if self._is_taken(job):
+            return "other processes have given it up"
         if _is_further_seed(job):
             return None  # it is there to measure spread
         return self.pruning.decide(self._trial(job.number), job.config, step, loss)
+
+    def leads(self, job: Job, step: int, loss: float) -> bool:
+        return self.leaders.takes_lead(step, loss)
 
     def stored(self, job: Job, step: int) -> None:
         self.sharing.stored_by(job.number, job, step)
         self.has_nothing = False
 
     def done(self, job: Job, outcome: Outcome) -> None:
+        with self._alone():
+            if self._is_taken(job):
+                self._left(job.number)
+                self.console.print(
+                    f"{job.label} {job.name}: was given up by the other processes, which had not heard of "
+                    "this one for too long; another trial takes its place"
+                )
+                return
+            self._done(job, outcome)
+
+    def _done(self, job: Job, outcome: Outcome) -> None:
         number, label = job.number, f"{job.label} {job.name}"
         self._left(number)
+        if number in self.asked.stopped:
+            self.asked.take(again=True)
         if isinstance(outcome, Exception):
             self._tell(number, {"state": "failed"})
             if _is_further_seed(job):
@@ -182,24 +230,68 @@ class TrialQueue(Trials):
             self._settle(number)
             self._finish(label, outcome, job.config)
 
+    def _is_taken(self, job: Job) -> bool:
+        """Whether another runner of a shared study has thought this one dead, and taken the trial."""
+        return self.shared is not None and not self.shared.keeps(job.number)
+
     def requeue(self, job: Job) -> None:
         """A trial whose process has died: the next free slot goes on from its last saved state."""
         if job.paths.result.is_file():
             self.done(job, read_json(job.paths.result))  # it had ended, but nobody was told
             return
         self._left(job.number)
+        if self.shared:
+            self.shared.hold(job.number)
         self.waiting.insert(0, job)
 
     def _left(self, number: int) -> None:
         """The trial is in no slot any more."""
         self.running.pop(number, None)
         self.sharing.ended(number)
+        if self.shared:
+            self.shared.release(number)
         self.has_nothing = False
 
     @property
     def is_idle(self) -> bool:
         """Whether nothing is in flight; with no job to be had either, the sweep has ended."""
-        return not self.running
+        return not self.running and not (self.shared and self.shared.others_train())
+
+    def _alone(self) -> contextlib.AbstractContextManager[Any]:
+        """While it lasts no other runner of a shared study decides anything."""
+        return self.shared.lock if self.shared else contextlib.nullcontext()
+
+    def _look_outside(self) -> None:
+        """Takes what others ask for, and the trials of runners of a shared study that are gone."""
+        if self.asked.take():
+            self.has_nothing = False
+        if not self.shared or not self.shared.is_due():
+            return
+        self.has_nothing = False  # others may have ended what trials here wait for
+        for lost in self.shared.lost():
+            result = self.paths.trial(lost.number).result
+            if result.is_file():  # it had ended, but nobody was told
+                self._settle(lost.number)
+                continue
+            self._continue_elsewhere(lost)
+            self.console.print(
+                f"trial {lost.number}: its process is gone, so it goes on as another"
+            )
+
+    def give_back(self) -> None:
+        """Lets other runners of a shared study go on with what this one has not ended."""
+        if not self.shared:
+            return
+        with self._alone():
+            for number in self.shared.held:
+                self._continue_elsewhere(self.study.get_trials(deepcopy=False)[number])
+
+    def _continue_elsewhere(self, trial: FrozenTrial) -> None:
+        assert self.shared is not None
+        trials = self.study.get_trials(deepcopy=False)
+        if not any(other.user_attrs.get(CONTINUES_ATTR) == trial.number for other in trials):
+            self.study.add_trial(continuation(trial))  # before the next line: it must not get lost
+        self.shared.give_up(trial.number)
 
     # Asking
 
@@ -214,7 +306,8 @@ class TrialQueue(Trials):
             ready = ready or self._is_ready(job)
 
     def _looks_far_enough(self, ready: bool) -> bool:
-        if self.is_adaptive or self.definition.target is not None:
+        # What runners of a shared study take early, the others cannot have.
+        if self.is_adaptive or self.shared or self.definition.target is not None:
             return ready or (len(self.waiting) >= MOST_BLOCKED and bool(self.running))
         # What does not depend on results may be asked for at any time: no slot is free for want of it.
         shares = self.shares_stages and any(job.branches for job in self.waiting)
@@ -248,10 +341,10 @@ class TrialQueue(Trials):
             return self._job(self._trial(frozen.number))
         queued = self.study.get_trials(deepcopy=False, states=[TrialState.WAITING])
         if self.late and not (self.running or self.waiting or queued):
-            self.study.add_trial(_retry(self.late.pop(0)))
+            self.study.add_trial(retry(self.late.pop(0)))
         if self._wants_another():
             self._reseed(len(self.study.get_trials(deepcopy=False)))
-            return self._job(self.study.ask())
+            return self._job(self.shared.ask() if self.shared else self.study.ask())
         return None
 
     def _wants_another(self) -> bool:
@@ -284,6 +377,8 @@ class TrialQueue(Trials):
     def _job(self, trial: optuna.Trial) -> Job:
         """The trial with its settings."""
         # As Study.ask does for its `fixed_distributions`; what was suggested before is kept.
+        if self.shared:
+            self.shared.hold(trial.number)
         params = {name: trial._suggest(name, dist) for name, dist in self.space.items()}
         attrs = trial.user_attrs
         info = {
@@ -293,7 +388,7 @@ class TrialQueue(Trials):
             "retry_of": attrs.get(RETRY_ATTR),
             "seed_of": attrs.get(SEED_OF_ATTR),
             "sweep": self.definition.name,
-            "wandb_id": f"{self.wandb_id}-{trial.number}",
+            "wandb_id": f"{self.wandb_id}-{attrs.get(ORIGIN_ATTR, trial.number)}",
         }
         try:
             config = self.definition.trial_config(params)
@@ -303,10 +398,12 @@ class TrialQueue(Trials):
         if SEED_ATTR in attrs:
             config = replace(config, seed=attrs[SEED_ATTR])
             info["name"] += f" seed={config.seed}"
-        shares = self.shares_stages
+        shares, paths = self.shares_stages, self.paths.trial(trial.number)
+        if CONTINUES_ATTR in attrs:
+            continue_files(self.paths.trial(attrs[CONTINUES_ATTR]), paths)
         return Job(
             config=config,
-            paths=self.paths.trial(trial.number),
+            paths=paths,
             info=info,
             label=f"trial {trial.number}",
             stages=self.paths.stages if shares else None,
@@ -431,11 +528,11 @@ class TrialQueue(Trials):
         return (min(scored)[1], min(scored)[0]) if scored else None
 
     def num_counted(self, *, finished_only: bool = False) -> int:
-        """Trials that count: those that a retry repeats do not, nor do further seeds."""
+        """Trials that count: those that a retry repeats do not, nor further seeds, nor what was asked for."""
         num = 0
         for trial in self.study.get_trials(deepcopy=False):
             attrs = trial.user_attrs
-            if SEED_OF_ATTR not in attrs:
+            if SEED_OF_ATTR not in attrs and REQUEST_ATTR not in attrs:
                 num += not finished_only or trial.state.is_finished()
                 num -= RETRY_ATTR in attrs  # the failed one that it repeats has been counted, too
         return num
@@ -455,8 +552,8 @@ class TrialQueue(Trials):
         params = params_text(job.info["params"])
         shown = "" if job.name == params else f": {params}"
         retry_of = job.info["retry_of"]
-        retry = f", again for failed trial {retry_of}" if retry_of is not None else ""
-        self.console.print(f"{job.label}{self._position()} {job.name}{shown}{retry}")
+        again = f", again for failed trial {retry_of}" if retry_of is not None else ""
+        self.console.print(f"{job.label}{self._position()} {job.name}{shown}{again}")
 
     def _position(self) -> str:
         if self.num_trials is None:
@@ -486,13 +583,6 @@ class TrialQueue(Trials):
         return sum(steps) / max(1, len(steps))
 
 
-def further_seed(trial: FrozenTrial, seed: int) -> FrozenTrial:
-    """A waiting copy of the trial that is going to be trained with another seed."""
-    kept = {key: trial.user_attrs[key] for key in (NAME_ATTR,) if key in trial.user_attrs}
-    attrs = {**kept, SEED_OF_ATTR: trial.number, SEED_ATTR: seed}
-    return _waiting_copy(trial, trial.params, attrs)
-
-
 def _key(settings: dict[str, Any]) -> str:
     return json.dumps(settings, sort_keys=True)
 
@@ -500,33 +590,3 @@ def _key(settings: dict[str, Any]) -> str:
 def _is_further_seed(job: Job) -> bool:
     assert job.info is not None
     return job.info["seed_of"] is not None
-
-
-def _is_combination(trial: FrozenTrial) -> bool:
-    """Whether the sampler has made it of the others' results; its further seeds have its settings."""
-    attrs = trial.user_attrs
-    return attrs.get(NAME_ATTR) == COMBINATION and SEED_OF_ATTR not in attrs
-
-
-def _retry(trial: FrozenTrial) -> FrozenTrial:
-    """A waiting copy of a failed trial."""
-    # The combination is made anew: retries before it may have changed what is best.
-    params = {} if _is_combination(trial) else trial.params
-    kept = {
-        key: trial.user_attrs[key]
-        for key in (NAME_ATTR, SEED_OF_ATTR, SEED_ATTR)
-        if key in trial.user_attrs
-    }
-    return _waiting_copy(trial, params, {**kept, RETRY_ATTR: trial.number})
-
-
-def _waiting_copy(
-    trial: FrozenTrial, params: dict[str, Any], user_attrs: dict[str, Any]
-) -> FrozenTrial:
-    """To be added to the study, which hands it out next. GridSampler needs its own attributes on it."""
-    grid = {key: trial.system_attrs[key] for key in _GRID_ATTRS if key in trial.system_attrs}
-    return create_trial(
-        state=TrialState.WAITING,
-        system_attrs={**grid, "fixed_params": params},
-        user_attrs=user_attrs,
-    )

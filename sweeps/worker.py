@@ -80,6 +80,9 @@ class _RemoteTrials(Trials):
     def evaluated(self, job: Job, step: int, loss: float) -> str | None:
         return self.link.ask("evaluated", job.number, step, loss)
 
+    def leads(self, job: Job, step: int, loss: float) -> bool:
+        return bool(self.link.ask("leads", job.number, step, loss))
+
     def stored(self, job: Job, step: int) -> None:
         self.link.ask("stored", job.number, step)
 

@@ -114,6 +114,7 @@ def test_pngs_are_drawn_by_one_browser(sweep, tmp_path):
         "experiment_comparison.png",
         "loss_curves.png",
         "settings.png",
+        "slices.png",
     }
     for path in (tmp_path / "drawn").iterdir():
         assert path.read_bytes().startswith(b"\x89PNG")

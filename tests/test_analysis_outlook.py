@@ -11,7 +11,7 @@ from analysis.figures import make_figures
 from analysis.findings import find
 from analysis.load import load_source
 from analysis.next_sweep import around, next_sweep
-from analysis.outlook import may_be_best
+from analysis.outlook import loss_table, may_be_best, trained
 from sweeps.spec import read_definition
 from training.paths import SweepPaths, read_json, write_json, write_text
 
@@ -56,7 +56,7 @@ def test_what_twice_the_steps_would_buy_is_told_with_its_interval(swept: SweepPa
 
 def test_trials_that_may_be_the_best_are_named_and_others_are_not(swept: SweepPaths) -> None:
     results = load_source(swept.root)
-    candidates = may_be_best(results)
+    candidates = may_be_best(results, loss_table(trained(results)))
     assert candidates is not None
     assert {trial.params["max_steps"] for trial in candidates} == {80}
     assert len(candidates) == 2

@@ -38,12 +38,37 @@ def test_the_card_tells_losses_sizes_data_settings_and_the_sweep(version: Promot
     assert "does not divide" not in body
 
 
+def test_the_card_has_the_measured_table_the_recommendation_and_the_picture(
+    version: PromotionPaths,
+) -> None:
+    card = version.card.read_text("utf-8")
+    found = read_json(version.verification)["quantization"]
+
+    section = card.split("## Quantisation\n")[1].split("\n## ")[0]
+    assert f"**recommended: {found['recommended']}: {found['reason']}.**" in section
+    lines = [line for line in section.splitlines() if line.startswith("| ")]
+    assert lines[0].startswith(
+        "| type | MB | bits/weight | KL | KL 99 % | same top-1 | perplexity |"
+    )
+    assert [line.split(" | ")[0] for line in lines[2:]] == ["| Q4_K_M", "| F16"]  # by size
+    numbers = found["types"]["Q4_K_M"]
+    perplexity = numbers["perplexity"]
+    assert (
+        f"| {numbers['kl_divergence']['estimate']:.2g} "
+        f"| {numbers['kl_divergence_99th_percentile']:.2g} | {numbers['top_1_agreement']:.1%} "
+        f"| {perplexity['estimate']:.3f} [{perplexity['low']:.3f}, {perplexity['high']:.3f}] "
+        f"| {numbers['tokens_per_s']['generation']:.0f} "
+    ) in lines[2]
+    assert f"at {found['num_positions']:,} supervised positions" in section
+    assert "![KL divergence against file size](quantization.png)" in section
+
+
 def test_the_card_explains_fallback_types_where_rows_do_not_divide_by_256() -> None:
     note = fallback_note(576, ["Q4_K_M", "F16"])
 
     assert "576, does not divide by 256" in note
     assert "Q4_K_M 4.9" in note
-    assert fallback_note(576, ["Q8_0", "F16"]) == fallback_note(2048, ["Q4_K_M"]) == ""
+    assert fallback_note(576, ["Q8_0", "F16", "BF16"]) == fallback_note(2048, ["Q4_K_M"]) == ""
 
 
 def test_the_modelfile_names_the_gguf_and_the_end_token(version: PromotionPaths) -> None:

@@ -19,12 +19,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from deploy import build as build_module
 from deploy import promote as promote_module
+from deploy.gates import Gates, beats_base
 from deploy.memory import count_parameters, full_precision_device
 from deploy.merge import Merge
 from deploy.preflight import check_ready
 from deploy.promote import PromoteOptions, choose_trial, promote
 from deploy.quantize import check_quantizations
-from deploy.score import check_gate
+from deploy.score import compare
 from sweeps.ledger import read_sweep
 from training.exceptions import ConfigError, GateError, ModelError, SweepError
 from training.paths import PromotionPaths, SweepPaths, read_json, write_json
@@ -53,6 +54,11 @@ def sweep(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path) -> SweepPath
 def _losses(loss_sums: list[float]) -> pd.DataFrame:
     ids = [str(n) for n in range(len(loss_sums))]
     return pd.DataFrame({"example_id": ids, "loss_sum": loss_sums, "num_tokens": 2})
+
+
+def check_gate(tuned: pd.DataFrame, base: pd.DataFrame, base_name: str = "its base model") -> None:
+    gate = beats_base("beats_base", compare(tuned, base), "the adapter", base_name)
+    Gates().check(gate)
 
 
 def _change_result(sweep: SweepPaths, **values: Any) -> None:

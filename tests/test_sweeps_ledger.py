@@ -104,6 +104,21 @@ def test_losses_per_example_are_read_at_a_step(paths):
     pd.testing.assert_frame_equal(read_trial(trial).eval_losses(5), losses)
 
 
+def test_samples_are_read_by_step_and_damaged_ones_are_left_out(paths):
+    trial = add_trial(paths, 0, loss=1.0)
+    assert read_trial(trial).samples() == {}
+    sample = {"prompt": "Why?", "response": "So.", "num_tokens": 2, "ended": True}
+    for step in (16, 0, 8):
+        write_json(trial.sample(step), {"step": step, "max_new_tokens": 64, "samples": [sample]})
+    assert list(read_trial(trial).samples()) == [0, 8, 16]
+    trial.sample(8).write_text('{"step": 8, "samp')
+    write_json(trial.sample(16), {"step": 16, "samples": [{"prompt": "Why?"}]})
+    write_json(trial.sample(24), ["no object"])
+    trial.sample(32).write_bytes(b"\xff\xfe")
+    (trial.samples / "0x.json").write_text("{}")
+    assert read_trial(trial).samples() == {0: [sample]}
+
+
 def test_what_is_no_sweep_directory_is_one_line(paths, tmp_path):
     with pytest.raises(SweepError, match=r"gone is not a directory, but must be a sweep's"):
         read_sweep(tmp_path / "gone")

@@ -9,6 +9,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from sqlalchemy import URL
 
 from sweeps.ledger import SweepRecord, read_sweep
 from sweeps.pool import find_gpus, worker_environment
+from sweeps.run import RunOptions, run_sweep
+from sweeps.spec import read_definition
 from training.paths import SweepPaths, read_json
 
 FACTORIAL = {"max_steps": [4, 10, 16], "learning_rate": [0.003, 0.01], "lora_r": [2, 4]}
@@ -208,3 +211,29 @@ def test_a_sweep_survives_twenty_kills(tmp_path: Path, tiny_settings: dict[str, 
     assert sum(trial.result["steps_saved"] for trial in record.all_trials) > 0
     for trial in told:
         assert trial.value == pytest.approx(record.trial(trial.number).loss)
+
+
+def test_a_worker_that_hangs_is_replaced(
+    tmp_path: Path, tiny_settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sweeps.pool.HANGS_S", 2.0)
+    path = tmp_path / "x.yaml"
+    path.write_text(definition(tiny_settings, {"max_steps": [60], "lora_r": [2]}))
+    paths = SweepPaths(tmp_path / "runs" / "x")
+    stopped: list[int] = []
+
+    def stop_it() -> None:
+        wait_until(lambda: paths.trial(0).state.is_dir())
+        (worker,) = psutil.Process().children()
+        worker.send_signal(signal.SIGSTOP)
+        stopped.append(worker.pid)
+
+    thread = threading.Thread(target=stop_it)
+    thread.start()
+    options = RunOptions(output_dir=str(tmp_path / "runs"), report_to="none")
+    record = run_sweep(read_definition(path), options)
+    thread.join()
+    assert stopped and not psutil.pid_exists(stopped[0])
+    assert [trial.state for trial in record.trials] == ["complete"]
+    steps = [line["step"] for line in record.trial(0).metrics() if "train/loss" in line]
+    assert steps == list(range(1, 61))

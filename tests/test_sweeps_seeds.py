@@ -17,7 +17,7 @@ from benchmarks.simulation import Disk, Simulation, make_queue, write
 from sweeps.ledger import read_sweep
 from sweeps.seeds import queue_final_round
 from sweeps.study import open_study
-from sweeps.trial_queue import SEED_OF_ATTR, further_seed
+from sweeps.waiting import SEED_OF_ATTR, further_seed
 from training.paths import SweepPaths
 
 

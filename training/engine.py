@@ -17,7 +17,7 @@ from typing import Any, Self
 import numpy as np
 import pandas as pd
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from transformers import PreTrainedModel
 
 from training import attention, grouped_lora
@@ -53,6 +53,7 @@ class PackedEngine:
         self.trials: list[TrialState] = []
         self.eval_tokens = EVAL_TOKENS
         self._open = contextlib.ExitStack()
+        self.own_attention = model.config._attn_implementation or "eager"
         check_head(model, _check_sequences(model)[0][0][:8].tolist())
         expected = _hidden_states_alone(model)
         self.lora = PackedLora(model)
@@ -176,6 +177,27 @@ class PackedEngine:
             if len(indices) == 1:
                 raise
             return None  # the caller tries again when this frame, and so its tensors, are gone
+
+    @contextlib.contextmanager
+    def unpacked(self, trial: TrialState) -> Iterator[PeftModel]:
+        """The base model with one trial's adapter as PEFT and Transformers themselves compute it.
+
+        For what reads no row, such as `generate`. No step may be taken meanwhile.
+        """
+        peft = self.lora.peft
+        members: list[Any] = [member for group in self.lora.groups for member in group.members]
+        forwards = [vars(member).pop("forward") for member in members]
+        active = peft.active_adapter
+        try:
+            self.model.set_attn_implementation(self.own_attention)
+            peft.set_adapter(trial.adapter.name)
+            yield peft
+        finally:
+            peft.set_adapter(active)  # pyright: ignore[reportArgumentType] - a name, or several
+            self.model.requires_grad_(False)  # PEFT marks the adapter that it makes active
+            self.model.set_attn_implementation(attention.NAME)
+            for member, forward in zip(members, forwards, strict=True):
+                member.forward = forward
 
     def hidden_states_of(self, sequences: list[Sequence]) -> torch.Tensor:
         """The base model's last hidden states of a row of sequences, [T, D], with a graph to measure."""

@@ -81,6 +81,11 @@ class Trials:
         """A validation loss, at an evaluation before the trial's last; why it ends there, or None."""
         return None
 
+    def leads(self, job: Job, step: int, loss: float) -> bool:
+        """Whether no other trial's validation loss at `step` is known to be lower; asked at every evaluation
+        where leaders are sampled."""
+        return True
+
     def stored(self, job: Job, step: int) -> None:
         """A stage of the trial's first steps can be forked from now on."""
 
@@ -105,6 +110,8 @@ class JobOptions:
     """Of the W&B sweep that the trials are runs of."""
     log_model: LogModel = "none"
     """Which adapters are uploaded to W&B."""
+    num_samples: int = 0
+    """Prompts that a trial answers at evaluations at which it leads; 0 is none."""
     display: Display = field(default_factory=Display)
     """The terminal's view of all trials."""
     stop: threading.Event = field(default_factory=threading.Event)

@@ -32,6 +32,7 @@ from training.planner import check_slots, describe_plan, plan_slots
 from training.prepared import Prepared, model_key, prepare
 from training.progress import Display
 from training.recorder import TrialRecorder, begin_trial, end_with_fault, is_disk_full
+from training.samples import Sampler
 from training.tracking import Tracker
 from training.trial import StepResult, TrialState
 
@@ -88,6 +89,10 @@ class _Pack:
     base_losses: dict[str, pd.DataFrame] = field(default_factory=dict)
     number: int = 0
     """Of the next adapter."""
+    sampler: Sampler = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.sampler = Sampler(self.options.num_samples, self.display.console.print)
 
     def run(self) -> None:
         while True:
@@ -301,10 +306,20 @@ class _Pack:
         losses = self.engine.evaluate(slot.trial, slot.prepared.validation)
         slot.recorder.train_time_s += time.perf_counter() - started
         slot.recorder.log_eval(slot.trial.step, losses, lambda path: lora.save(name, path))
-        if not math.isfinite(mean_loss(losses)):
+        loss = mean_loss(losses)
+        if not math.isfinite(loss):
             self._end(slot, "failed", f"eval/loss is not finite at step {slot.trial.step}")
             return False
+        if self.options.num_samples:
+            self._sample(slot, loss)
         return True
+
+    def _sample(self, slot: _Slot, loss: float) -> None:
+        """Lets the trial answer the fixed prompts, if it leads. That is not its training's time."""
+        assert self.engine is not None
+        if self._ask(self.trials.leads, slot.job, slot.trial.step, loss):
+            opened = self.engine.unpacked(slot.trial)
+            self.sampler.write(slot.job, slot.prepared, slot.trial.step, opened)
 
     def _end(self, slot: _Slot, state: str, reason: str | None = None) -> None:
         """Writes the result; the slot is free for another trial."""

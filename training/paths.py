@@ -77,6 +77,19 @@ class TrialPaths:
         """Per-example test losses at `step`, written when the trial is scored for promotion."""
         return self.root / "test" / f"{step}.parquet"
 
+    def train_losses(self, step: int) -> Path:
+        """The same of training examples that the trial has seen."""
+        return self.root / "train" / f"{step}.parquet"
+
+    @property
+    def samples(self) -> Path:
+        """Directory of `sample`; a trial that never led its sweep has none."""
+        return self.root / "samples"
+
+    def sample(self, step: int) -> Path:
+        """Answers to the sweep's fixed prompts at `step` (0 is the base model's)."""
+        return self.samples / f"{step}.json"
+
 
 @dataclass(frozen=True)
 class PromotionPaths:
@@ -92,6 +105,11 @@ class PromotionPaths:
     def adapter(self) -> Path:
         return self.root / "adapter"
 
+    @property
+    def adapter_gguf(self) -> Path:
+        """The adapter alone, for `llama-cli --lora` over the base model's GGUF."""
+        return self.root / "adapter.gguf"
+
     def gguf(self, name: str, quantization: str) -> Path:
         return self.root / f"{name}-{quantization}.gguf"
 
@@ -106,6 +124,10 @@ class PromotionPaths:
     @property
     def manifest(self) -> Path:
         return self.root / "manifest.json"
+
+    @property
+    def quantization_picture(self) -> Path:
+        return self.root / "quantization.png"
 
     @property
     def verification(self) -> Path:
@@ -138,6 +160,11 @@ class SweepPaths:
         return self.root / "run.lock"
 
     @property
+    def decision_lock(self) -> Path:
+        """Held by one of the runners of a shared study at a time, while it decides what comes next."""
+        return self.root / "decide.lock"
+
+    @property
     def trials(self) -> Path:
         return self.root / "trials"
 
@@ -157,6 +184,11 @@ class SweepPaths:
     def decisions(self) -> Path:
         """One JSON object a line for every time that a trial might have been pruned."""
         return self.root / "pruning.jsonl"
+
+    @property
+    def requests(self) -> Path:
+        """What users ask of a sweep from outside its process, one file each until it is in the study."""
+        return self.root / "requests"
 
     @property
     def report(self) -> Path:
@@ -221,9 +253,7 @@ def write_directory(path: Path, write: Callable[[Path], None]) -> None:
     try:
         with _full_disk_is_an_os_error(path):
             write(temporary)
-        for directory, _, names in os.walk(temporary):
-            for name in [*names, "."]:
-                _fsync(Path(directory, name))
+        sync_directory(temporary)
         old = path.with_name(f".{path.name}.old")
         shutil.rmtree(old, ignore_errors=True)
         if path.exists():
@@ -233,6 +263,13 @@ def write_directory(path: Path, write: Callable[[Path], None]) -> None:
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def sync_directory(path: Path) -> None:
+    """Waits until everything in the directory is on the disk."""
+    for directory, _, names in os.walk(path):
+        for name in [*names, "."]:
+            _fsync(Path(directory, name))
 
 
 def recover_directory(path: Path) -> None:

@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 
 from training.cli import make_parser, parse, run_command
 from training.config import TrialConfig
-from training.exceptions import SweepError
+from training.exceptions import ConfigError, SweepError
 from training.interrupts import stops_gently
 from training.job import Engine, Job, JobOptions, Outcome, Trials
 from training.paths import TrialPaths, read_json
@@ -56,11 +56,17 @@ class RunOptions:
         default="packed",
         metadata={"help": "packed, or trl: SFTTrainer, the slower reference for every model."},
     )
+    num_samples: int = field(
+        default=0,
+        metadata={"help": "Validation prompts answered at every evaluation, kept in samples/."},
+    )
 
 
 def main() -> None:
     config, options = parse(make_parser("training.run", _DESCRIPTION, [TrialConfig, RunOptions]))
     config.check("--")
+    if options.num_samples < 0:
+        raise ConfigError(f"--num_samples is {options.num_samples}, but must be >= 0")
     paths = TrialPaths(Path(options.output_dir or _default_directory()))
     with _locked(paths):
         result = _known_result(config, paths)
@@ -73,6 +79,7 @@ def main() -> None:
                 project=options.project,
                 engine=options.engine,
                 log_model=options.log_model,
+                num_samples=options.num_samples,
             )
         else:
             print(f"{paths.root}: is trained already")
@@ -96,6 +103,7 @@ def run_trial(
     project: str = PROJECT,
     engine: Engine = "packed",
     log_model: LogModel = "none",
+    num_samples: int = 0,
 ) -> dict[str, Any]:
     """Trains one trial and writes its directory.
 
@@ -109,6 +117,7 @@ def run_trial(
         project: W&B's project.
         engine: `packed`, or `trl` for the reference.
         log_model: whether the adapter is uploaded to W&B.
+        num_samples: validation prompts that are answered at every evaluation.
 
     Returns:
         The content of result.json; `state` is `complete`, or `failed` if a loss was not finite.
@@ -123,7 +132,12 @@ def run_trial(
     info = {"wandb_id": _run_id(paths), **info}
     trial = _OneTrial(Job(config=config, paths=paths, info=info))
     options = JobOptions(
-        slots=1, report_to=report_to, group=group, project=project, log_model=log_model
+        slots=1,
+        report_to=report_to,
+        group=group,
+        project=project,
+        log_model=log_model,
+        num_samples=num_samples,
     )
     with stops_gently(options.stop):
         run_jobs(trial, engine=engine, options=options)
@@ -175,8 +189,7 @@ def run_jobs(trials: Trials, *, engine: Engine, options: JobOptions) -> int:
         else:
             from training.trl_engine import run_with_trl
 
-            while (job := trials.next_job()) is not None:
-                run_with_trl(job, trials.done, options)
+            run_with_trl(trials, options)
     except BaseException:
         _forget()
         options.close_trackers(INTERRUPTED_TIMEOUT_S)

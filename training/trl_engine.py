@@ -4,6 +4,7 @@ The trainer gets tokenised data, so that the labels are ours; everything else of
 """
 
 import contextlib
+import functools
 import math
 import shutil
 import threading
@@ -21,39 +22,68 @@ from training.config import TrialConfig
 from training.engine import lora_config
 from training.evaluate import example_losses, mean_loss
 from training.exceptions import ModelError, nearest
-from training.job import Job, JobOptions, Outcome
+from training.job import Job, JobOptions, Trials
 from training.packed_lora import known_warnings
 from training.paths import TrialPaths, write_json
 from training.prepared import Prepared, forget, prepare
 from training.recorder import TrialRecorder, begin_trial, end_with_fault, is_disk_full
+from training.samples import Sampler
 from training.schedules import scheduler_kwargs
 from training.tracking import Tracker
 
 ENGINE = "trl"
 
+Sample = Callable[[int, float, Any], float]
+"""Samples a trial at a step with its loss, if it is to be; returns seconds."""
 
-def run_with_trl(job: Job, done: Callable[[Job, Outcome], None], options: JobOptions) -> None:
-    """One trial from settings to result.json; `done` as for `training.run.run_jobs`."""
+
+def run_with_trl(trials: Trials, options: JobOptions) -> None:
+    """Trains until `trials` has nothing, each from settings to result.json."""
+    sampler = Sampler(options.num_samples, options.display.console.print)
+    while (job := trials.next_job()) is not None:
+        _run_trial(job, trials, sampler, options)
+
+
+def _run_trial(job: Job, trials: Trials, sampler: Sampler, options: JobOptions) -> None:
     tracker: Tracker | None = None
     shutil.rmtree(job.paths.root, ignore_errors=True)  # this engine cannot go on where it was
     begin_trial(job.config, job.paths, job.info, ENGINE)
     try:
         prepared = prepare(job.config)
         tracker = options.tracker(job)
-        result = _train(job, prepared, tracker, options)
+        sample = functools.partial(_sample, job, prepared, trials, sampler)
+        result = _train(job, prepared, tracker, options, sample)
     except BaseException as error:
         end_with_fault(error, job.paths, tracker)
         if is_disk_full(error) or not isinstance(error, Exception):
             raise
         forget()  # the model may not be what it was
-        done(job, error)
+        trials.done(job, error)
         return
     write_json(job.paths.result, result)
     tracker.finish(result)
-    done(job, result)
+    trials.done(job, result)
 
 
-def _train(job: Job, prepared: Prepared, tracker: Tracker, options: JobOptions) -> dict[str, Any]:
+def _sample(
+    job: Job,
+    prepared: Prepared,
+    trials: Trials,
+    sampler: Sampler,
+    step: int,
+    loss: float,
+    model: Any,
+) -> float:
+    """Lets the trial answer the fixed prompts, if samples are wanted and it leads; the seconds that took."""
+    started = time.monotonic()
+    if sampler.num_samples and trials.leads(job, step, loss):
+        sampler.write(job, prepared, step, contextlib.nullcontext(model))
+    return time.monotonic() - started
+
+
+def _train(
+    job: Job, prepared: Prepared, tracker: Tracker, options: JobOptions, sample: Sample
+) -> dict[str, Any]:
     config, started = job.config, time.monotonic()
     losses = example_losses(
         prepared.model, prepared.splits.validation, config.per_device_eval_batch_size
@@ -62,8 +92,9 @@ def _train(job: Job, prepared: Prepared, tracker: Tracker, options: JobOptions) 
         progress = display.add(job.label, config.max_steps)
         recorder = TrialRecorder(job.paths, tracker, progress, losses)
         try:
-            state, reason = train_with_trl(job, prepared, recorder, options.stop)
-            recorder.train_time_s = time.monotonic() - started
+            callback = _RecordingCallback(job, prepared, recorder, options.stop, sample)
+            state, reason = train_with_trl(job, prepared, callback)
+            recorder.train_time_s = time.monotonic() - started - callback.sampling_s
             return {**recorder.result(state, reason), **prepared.splits.hashes}
         finally:
             recorder.close()
@@ -71,16 +102,15 @@ def _train(job: Job, prepared: Prepared, tracker: Tracker, options: JobOptions) 
 
 
 def train_with_trl(
-    job: Job, prepared: Prepared, recorder: TrialRecorder, stop: threading.Event
+    job: Job, prepared: Prepared, callback: "_RecordingCallback"
 ) -> tuple[str, str | None]:
-    """Trains the trial to its end, or until `stop` is set; the base model is afterwards as it was.
+    """Trains the trial to its end, or until its stop is set; the base model is afterwards as it was.
 
     Returns:
         The trial's state, and why it failed (a loss that is not finite) or was stopped.
     """
     config = job.config
     with _base_model_restored(prepared.model), known_warnings():
-        callback = _RecordingCallback(job, prepared, recorder, stop)
         _check_targets(config, prepared.model)
         args = sft_config(config, job.paths, prepared.model)
         # The trial is one GPU's: with several visible, Trainer would multiply the batch by their number.
@@ -165,9 +195,11 @@ class _RecordingCallback(TrainerCallback):
         prepared: Prepared,
         recorder: TrialRecorder,
         stop: threading.Event,
+        sample: Sample,
     ):
         self.job, self.config, self.prepared, self.recorder = job, job.config, prepared, recorder
-        self.stop = stop
+        self.stop, self.sample = stop, sample
+        self.sampling_s = 0.0
         self.model: Any = None
         self.state = "complete"
         self.reason: str | None = None
@@ -213,8 +245,11 @@ class _RecordingCallback(TrainerCallback):
             self.config.per_device_eval_batch_size,
         )
         self.recorder.log_eval(step, losses, self.model.save_pretrained)
-        if not math.isfinite(mean_loss(losses)):
+        loss = mean_loss(losses)
+        if not math.isfinite(loss):
             self._end("failed", f"eval/loss is not finite at step {step}", control)
+        else:
+            self.sampling_s += self.sample(step, loss, self.model)
 
     def _end(self, state: str, reason: str, control: Any) -> None:
         self.state, self.reason = state, reason
