@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from analysis.dashboard_drawing import (
+from analysis.dashboard_shared import drawn_from
+from analysis.drawing import (
     Figure,
     Points,
     axes,
@@ -17,9 +18,8 @@ from analysis.dashboard_drawing import (
     smoothed,
     thinned,
 )
-from analysis.dashboard_lines import EVAL, NORM, RATE, STEP, TIME, TRAIN, number_or_none
-from analysis.dashboard_shared import drawn_from
 from analysis.figures import PALETTE
+from analysis.lines import EVAL, NORM, RATE, STEP, TIME, TRAIN, number_or_none
 from analysis.live import LiveTrial
 
 STATE_COLORS = {

@@ -72,6 +72,7 @@ def sweep_page(
             views.section("Findings", "findings", made["findings"]),
             html.H2("Time line"),
             html.Div(id="timeline-box", className="card drawing low"),
+            views.section("Figures", "figures", None),
             views.section("Prunings", "decisions", made["decisions"]),
             dcc.Store(id="sweep-seen", data=seen),
             dcc.Interval(id="sweep-tick", interval=INTERVAL_MS),

@@ -22,11 +22,11 @@ from analysis import dashboard_views as views
 from analysis.dashboard_actions import LABELS, Actions, error_line
 from analysis.dashboard_figures import Drawings, trial_curves
 from analysis.dashboard_layouts import EVERYONE
-from analysis.dashboard_lines import file_end
 from analysis.dashboard_rows import label, shown_trials, trials_csv
 from analysis.dashboard_samples import samples_view
 from analysis.dashboard_statistics import StatisticsWorker
 from analysis.dashboard_style import KEEP_ADDRESS, ON_ADDRESS
+from analysis.lines import file_end
 from analysis.live import LiveSweep, LiveTrial, Runs
 from sweeps.requests import pending_requests
 from training.exceptions import LoraloomError
@@ -47,12 +47,13 @@ _SWEEP_PARTS = (
     ("chosen-table", "children"),
     ("findings", "children"),
     ("timeline-box", "children"),
+    ("figures", "children"),
     ("decisions", "children"),
     ("chosen", "options"),
     ("buttons", "children"),
     ("waiting", "children"),
 )
-_LATER = ("curves-box", "timeline-box", "trial-curves-box", "chosen")
+_LATER = ("curves-box", "timeline-box", "figures", "trial-curves-box", "chosen")
 _TRIAL_PARTS = (
     ("trial-line", "children"),
     ("trial-curves-box", "children"),
@@ -310,6 +311,10 @@ class Pages:
                 lambda: views.comparison(compared) if len(compared) > 1 else None,
             ),
             "findings": ([id(sweep), known.version], lambda: views.findings_list(known)),
+            "figures": (
+                [id(sweep), known.figures_version],
+                lambda: views.figures_list(known),
+            ),
             "timeline-box": (
                 mark,
                 lambda: views.graph("timeline", drawings.timeline(trials)),

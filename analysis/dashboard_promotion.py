@@ -10,7 +10,7 @@ import threading
 from dataclasses import dataclass
 from pathlib import Path
 
-from analysis.dashboard_lines import file_end, is_locked
+from analysis.lines import file_end, is_locked
 from sweeps.ledger import read_trial
 from training.exceptions import SweepError
 from training.paths import SweepPaths

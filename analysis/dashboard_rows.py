@@ -10,9 +10,9 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from analysis.dashboard_lines import TIME, number_or_none
 from analysis.dashboard_statistics import Statistics
 from analysis.findings import interval_text, value_text
+from analysis.lines import TIME, number_or_none
 from analysis.live import LiveSweep, LiveTrial
 
 NUM_LEADERS = 10

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from analysis.dashboard_lines import STEP, TIME, TRAIN
+from analysis.lines import STEP, TIME, TRAIN
 from analysis.live import LiveTrial
 
 

@@ -16,12 +16,20 @@ from pathlib import Path
 from typing import Any
 
 from analysis.findings import compare, find
+from analysis.history import read_histories
 from analysis.live import LiveSweep
 from analysis.outlook import may_be_best
 from analysis.readable import load_readable
+from analysis.run_figures import run_figures
+from analysis.slice_figures import slice_figures
 from analysis.stats import Interval
 from training.exceptions import LoraloomError
 
+FIGURES = {
+    "slices": "Loss by each setting, with the 95 % interval of each trial's own loss",
+    "contour": "Two settings together; points are trials",
+    "stage_tree": "Which steps were trained once for several trials",
+}
 _REST = 9
 """Times as long as the last computation took, nothing new is begun."""
 _GAP_S = 1.0
@@ -41,6 +49,10 @@ class Statistics:
     """Numbers of the trials that may be the best one, the best first; empty while that is not known."""
     findings: tuple[str, ...] = ()
     caveats: tuple[str, ...] = ()
+    figures: Mapping[str, Any] = field(default_factory=dict)
+    """The report's figures that a page has no live ones for, as JSON, by name."""
+    figures_version: int = 0
+    """`version` that brought them."""
     left_out: tuple[str, ...] = ()
     """A line for each trial that has a damaged file and is not in all this."""
     problem: str | None = None
@@ -92,7 +104,15 @@ class StatisticsWorker:
             text=True,
         ) as process:
             for line in process.stdout or ():
-                self.known = replace(_decoded(line), version=self.known.version + 1)
+                known, version = _decoded(line), self.known.version + 1
+                if known.figures:
+                    known = replace(known, figures_version=version)
+                else:  # those of before stay until there are new ones
+                    before = self.known
+                    known = replace(
+                        known, figures=before.figures, figures_version=before.figures_version
+                    )
+                self.known = replace(known, version=version)
         if process.returncode:
             problem = "they could not be computed from these files"
             self.known = replace(self.known, version=self.known.version + 1, problem=problem)
@@ -127,7 +147,12 @@ def compute(root: Path) -> Iterator[Statistics]:
     known = replace(known, findings=tuple(found.summary), caveats=tuple(found.caveats))
     yield known
     tied = may_be_best(results, found.table) or ()
-    yield replace(known, tied=tuple(trial.number for trial in tied))
+    known = replace(known, tied=tuple(trial.number for trial in tied))
+    yield known
+    figures = slice_figures(results, found)
+    figures |= run_figures(results, read_histories(results.sweep))
+    drawn = {name: json.loads(figures[name].to_json() or "") for name in FIGURES if name in figures}
+    yield replace(known, figures=drawn)
 
 
 def _encoded(statistics: Statistics) -> str:

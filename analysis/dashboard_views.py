@@ -11,8 +11,6 @@ from urllib.parse import quote
 
 from dash import dcc, html
 
-from analysis.dashboard_drawing import Figure
-from analysis.dashboard_lines import number_or_none
 from analysis.dashboard_rows import (
     clock,
     difference_text,
@@ -28,7 +26,9 @@ from analysis.dashboard_rows import (
     value_form,
     varied,
 )
-from analysis.dashboard_statistics import Statistics
+from analysis.dashboard_statistics import FIGURES, Statistics
+from analysis.drawing import Figure
+from analysis.lines import number_or_none
 from analysis.live import LiveSweep, LiveTrial
 
 NUM_DECISIONS = 200
@@ -150,6 +150,21 @@ def findings_list(statistics: Statistics) -> Any:
             ],
             className="card caveats",
         ),
+    ]
+
+
+def figures_list(statistics: Statistics) -> Any:
+    """The report's figures, each with what it shows."""
+    if not statistics.figures:
+        return message("Drawn once the findings are there, and trials are enough.")
+    return [
+        html.Div(
+            [
+                html.P(FIGURES[name], className="line"),
+                html.Div(graph(f"figure-{name}", figure), className="card drawing"),
+            ]
+        )
+        for name, figure in statistics.figures.items()
     ]
 
 

@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
@@ -72,8 +72,10 @@ def make_figures(results: Results, findings: Findings) -> dict[str, go.Figure]:
     return figures | slice_figures(results, findings) | outlook_figures(results, outlook) | runs
 
 
-def write_images(figures: Mapping[str, go.Figure], directory: Path) -> str | None:
-    """Writes NAME.png for each figure, or none; then it says why."""
+def write_images(
+    figures: Mapping[str, go.Figure], directory: Path, image_format: Literal["png", "svg"] = "png"
+) -> str | None:
+    """Writes NAME.png (or .svg) for each figure, or none; then it says why."""
     import kaleido
     from choreographer.errors import BrowserFailedError, ChromeNotFoundError
 
@@ -83,7 +85,7 @@ def write_images(figures: Mapping[str, go.Figure], directory: Path) -> str | Non
         drawings = [
             {
                 "fig": figure,
-                "path": str(Path(temporary) / f"{name}.png"),
+                "path": str(Path(temporary) / f"{name}.{image_format}"),
                 "opts": {
                     **IMAGE_SIZE,
                     "height": max(700, figure.to_dict()["layout"].get("height", 0)),
@@ -100,7 +102,7 @@ def write_images(figures: Mapping[str, go.Figure], directory: Path) -> str | Non
             cause = str(errors[0]).strip() or type(errors[0]).__name__
             return NOT_DRAWN.format(cause.splitlines()[0])
         for name in figures:
-            drawn = Path(temporary) / f"{name}.png"
+            drawn = Path(temporary) / f"{name}.{image_format}"
             write_atomic(directory / drawn.name, lambda path, drawn=drawn: _copy(drawn, path))
     return None
 

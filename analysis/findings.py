@@ -13,9 +13,9 @@ import pandas as pd
 
 from analysis.choice import LossTable
 from analysis.cost import Cost, sweep_cost
-from analysis.dashboard_lines import STEP, TRAIN
 from analysis.history import History, read_histories
 from analysis.interactions import Interaction, interactions
+from analysis.lines import STEP, TRAIN
 from analysis.load import Results, Trial
 from analysis.outlook import Outlook, flattery, look_ahead, loss_table, may_be_best, trained
 from analysis.stats import (

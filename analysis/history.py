@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from analysis.dashboard_lines import EVAL, STEP, TIME, TRAIN, parse_metrics
+from analysis.lines import EVAL, STEP, TIME, TRAIN, parse_metrics
 from sweeps.ledger import SweepRecord, TrialRecord
 
 _LONG_BREAK_S = 60.0
@@ -24,7 +24,7 @@ class History:
     name: str
     state: str
     table: np.ndarray
-    """Columns as `analysis.dashboard_lines.COLUMNS`."""
+    """Columns as `analysis.lines.COLUMNS`."""
     saved: int = 0
     """Steps that another trial trained for it."""
     parent: int | None = None

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from analysis.dashboard_lines import (
+from analysis.lines import (
     EVAL,
     STEP,
     GrowingFile,

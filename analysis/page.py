@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import plotly.graph_objects as go
 from jinja2 import Environment
@@ -40,7 +41,7 @@ def to_markdown(page: Page, images: Sequence[str]) -> str:
         if table:
             lines += ["", f"## {title}", "", *_markdown_table(table)]
     for name in images:
-        lines += ["", f"![{name.removesuffix('.png').replace('_', ' ')}]({name})"]
+        lines += ["", f"![{Path(name).stem.replace('_', ' ')}]({name})"]
     lines += ["", "## What this does not show", ""]
     lines += [f"- {_escape(text)}" for text in page.caveats]
     lines += ["", "## Cost", ""]

@@ -6,7 +6,7 @@ pictures into the sweep's `report/`. A CSV of runs done by hand is reported on i
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from training.cli import make_parser, parse, run_command
 
@@ -37,6 +37,9 @@ class ReportOptions:
             "help": "Where the files go; empty is SWEEP/report, or runs/NAME/report for NAME.csv."
         },
     )
+    image_format: Literal["png", "svg"] = field(
+        default="png", metadata={"help": "Of the figures' files; report.html draws its own."}
+    )
 
 
 def main() -> None:
@@ -46,7 +49,8 @@ def main() -> None:
         help="a sweep's directory (runs/NAME), a CSV file, or wandb:ENTITY/PROJECT/SWEEP_ID",
     )
     options, positional = parse(parser)
-    report(positional.source, Path(options.output_dir) if options.output_dir else None)
+    output_dir = Path(options.output_dir) if options.output_dir else None
+    report(positional.source, output_dir, options.image_format)
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,11 @@ class Report:
         return f'<iframe srcdoc="{page}" style="width:100%; height:900px; border:0"></iframe>'
 
 
-def report(source: str | Path, output_dir: Path | None = None) -> Report:
+def report(
+    source: str | Path,
+    output_dir: Path | None = None,
+    image_format: Literal["png", "svg"] = "png",
+) -> Report:
     """Prints the report and writes its files.
 
     Raises:
@@ -105,8 +113,8 @@ def report(source: str | Path, output_dir: Path | None = None) -> Report:
     write_text(directory / "report.html", to_html(page, figures))
     # First without pictures: whatever drawing them does, the text is there.
     write_text(directory / "EXPERIMENT_REPORT.md", to_markdown(page, []))
-    problem = write_images(figures, directory)
-    images = [] if problem else [f"{name}.png" for name in figures]
+    problem = write_images(figures, directory, image_format)
+    images = [] if problem else [f"{name}.{image_format}" for name in figures]
     if problem:
         print(problem)
     else:

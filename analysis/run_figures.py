@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 import plotly.graph_objects as go
 
-from analysis.dashboard_drawing import short, smoothed, thinned
-from analysis.dashboard_lines import EVAL, STEP, TIME, TRAIN
+from analysis.drawing import short, smoothed, thinned
 from analysis.history import History
+from analysis.lines import EVAL, STEP, TIME, TRAIN
 from analysis.load import Results
 from analysis.look import OTHER_COLOR, PALETTE, SHARED_COLOR, STATE_COLORS, styled
 

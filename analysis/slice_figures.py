@@ -14,7 +14,7 @@ from plotly.subplots import make_subplots
 from scipy.interpolate import griddata
 
 from analysis.choice import LossTable, loss_intervals
-from analysis.dashboard_drawing import short
+from analysis.drawing import short
 from analysis.findings import Findings, value_order, value_text
 from analysis.load import Results, Trial
 from analysis.look import BEST_COLOR, OTHER_COLOR, SCALE, styled

@@ -200,7 +200,9 @@ def build_version(plan: Plan, evidence: Evidence, draft: PromotionPaths, times: 
     stop = evidence.tokenizer.convert_ids_to_tokens(ends)
     first = next(iter(kept.values())).name
     write_text(draft.modelfile, write_modelfile(first, evidence.tokenizer, stop))
-    facts = _card_facts(plan, evidence, draft, kept, verification["losses"], shipped, measured)
+    facts = _card_facts(
+        plan, evidence, draft, kept, verification["losses"], shipped, measured, merge.record
+    )
     write_text(draft.card, write_card(facts))
     write_manifest(draft, _manifest_facts(plan, evidence, kept, times))
     _print_tables(facts)
@@ -314,8 +316,11 @@ def _card_facts(
     losses: Mapping[str, Any],
     shipped: Comparison | None,
     measured: MeasuredTypes,
+    merge_record: Mapping[str, Any],
 ) -> CardFacts:
     base_model, is_hub_id = base_name(plan.trial.config)
+    adapter = draft.adapter_gguf
+    alone = (adapter.name, adapter.stat().st_size) if plan.adapter_gguf else None
     return CardFacts(
         name=plan.name,
         base_model=base_model,
@@ -330,6 +335,8 @@ def _card_facts(
         losses=losses,
         measured=measured,
         counts=evidence.counts,
+        merged_onto=str(merge_record["base"]).split(",")[0],
+        adapter_gguf=alone,
         failed_gates=evidence.gates.failed,
     )
 
@@ -355,7 +362,7 @@ def _manifest_facts(
 
 def _print_tables(facts: CardFacts) -> None:
     for table in (
-        files_table(facts.gguf_files, facts.merged_size_bytes),
+        files_table(facts.gguf_files, facts.merged_size_bytes, facts.adapter_gguf),
         losses_table(facts.losses),
         measured_table(facts.measured.items),
     ):

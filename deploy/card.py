@@ -46,6 +46,10 @@ class CardFacts:
     measured: MeasuredTypes
     counts: Mapping[str, int]
     """Examples in each split."""
+    merged_onto: str
+    """Which base's weights the merged model has, of a trial over a 4-bit one."""
+    adapter_gguf: tuple[str, int] | None = None
+    """File name and size in bytes of the adapter alone."""
     failed_gates: Sequence[str] = ()
     """What the model was promoted in spite of."""
 
@@ -60,7 +64,7 @@ def write_card(facts: CardFacts) -> str:
         "## Losses",
         _losses(facts),
         "## Files",
-        _markdown(files_table(facts.gguf_files, facts.merged_size_bytes)),
+        _markdown(files_table(facts.gguf_files, facts.merged_size_bytes, facts.adapter_gguf)),
         fallback_note(facts.hidden_size, facts.gguf_files),
         "## Quantisation",
         _quantization(facts.measured, facts.losses["num_examples"]),
@@ -76,10 +80,15 @@ def write_card(facts: CardFacts) -> str:
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
-def files_table(gguf_files: Mapping[str, tuple[str, int]], merged_size_bytes: int) -> pd.DataFrame:
+def files_table(
+    gguf_files: Mapping[str, tuple[str, int]],
+    merged_size_bytes: int,
+    adapter_gguf: tuple[str, int] | None = None,
+) -> pd.DataFrame:
     """Sizes, with the reduction against the merged model."""
     rows = [("merged/ (float32)", "", f"{merged_size_bytes / 1e6:,.1f}", "")]
-    for quantization, (file_name, size_bytes) in gguf_files.items():
+    alone = {} if adapter_gguf is None else {"adapter": adapter_gguf}
+    for quantization, (file_name, size_bytes) in {**gguf_files, **alone}.items():
         reduction = 1 - size_bytes / merged_size_bytes
         rows.append((file_name, quantization, f"{size_bytes / 1e6:,.1f}", f"−{reduction:.1%}"))
     return pd.DataFrame(rows, columns=["file", "type", "MB", "against merged"])
@@ -196,8 +205,8 @@ def _losses(facts: CardFacts) -> str:
     if facts.shipped is not None:
         rows.append(_split_row("test, as shipped", facts.shipped))
         note = (
-            " The adapter was trained and chosen over a 4-bit base; shipped is its merge onto the "
-            "base in full precision, and compared with that."
+            " The adapter was trained and chosen over a 4-bit base; shipped is its merge onto "
+            f"the base in {facts.merged_onto}, compared with the base in full precision."
         )
     header = ["split", "base", "this model", "difference", "95 % interval"]
     return (
@@ -244,10 +253,17 @@ def _ends(interval: Interval) -> str:
 
 def _usage(facts: CardFacts) -> str:
     file_name = next(iter(facts.gguf_files.values()))[0]
+    alone = ""
+    if facts.adapter_gguf is not None:
+        alone = (
+            f"# llama.cpp, over a GGUF of the base model: the adapter alone\n"
+            f"llama-cli -m BASE.gguf --lora {facts.adapter_gguf[0]} -cnv\n"
+        )
     return (
         "```\n"
         "# llama.cpp\n"
         f"llama-cli -m {file_name} -cnv\n"
+        f"{alone}"
         "# Ollama\n"
         f"ollama create {facts.name.lower()} -f Modelfile && ollama run {facts.name.lower()}\n"
         "# Loraloom\n"

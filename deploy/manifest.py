@@ -63,7 +63,7 @@ def find_changes(paths: PromotionPaths) -> list[str]:
         elif path.stat().st_size != entry["size_bytes"]:
             size = path.stat().st_size
             changes.append(f"{name} is {size:,} bytes, but must be {entry['size_bytes']:,}")
-        elif _sha256(path) != entry["sha256"]:
+        elif file_sha256(path) != entry["sha256"]:
             changes.append(f"{name} has another SHA-256")
     extra = sorted(found - expected.keys() - {paths.manifest.name})
     return changes + [f"{name} is not in the manifest" for name in extra]
@@ -112,9 +112,9 @@ def _content_sha256(paths: PromotionPaths, files: Mapping[str, Mapping[str, Any]
 
 
 def _describe(path: Path) -> dict[str, Any]:
-    return {"sha256": _sha256(path), "size_bytes": path.stat().st_size}
+    return {"sha256": file_sha256(path), "size_bytes": path.stat().st_size}
 
 
-def _sha256(path: Path) -> str:
+def file_sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -17,6 +17,7 @@ from huggingface_hub import EvalResult, ModelCard, SpaceCard
 from huggingface_hub.utils import validate_repo_id
 from huggingface_hub.utils.sha import git_hash
 
+from deploy.manifest import file_sha256, find_changes
 from training.exceptions import ModelError
 from training.paths import PromotionPaths, read_json
 
@@ -70,16 +71,10 @@ def read_version(paths: PromotionPaths) -> Version:
     Raises:
         ModelError: there is no manifest, or a file is missing or was changed.
     """
-    if not paths.manifest.is_file():
-        raise ModelError(f"{paths.root} has no manifest.json, but must be a promoted version")
-    manifest = read_json(paths.manifest)
-    for name, entry in manifest["files"].items():
-        path = paths.root / name
-        if not path.is_file():
-            raise ModelError(f"{path} is missing, but the manifest lists it: promote again")
-        if _sha256(path) != entry["sha256"]:
-            raise ModelError(f"{path} is not the file that was promoted (its SHA-256 differs)")
-    return Version(paths, manifest, _sha256(paths.manifest))
+    changes = find_changes(paths)
+    if changes:
+        raise ModelError(f"{paths.root}: {changes[0]}, but must be as promoted: promote again")
+    return Version(paths, read_json(paths.manifest), file_sha256(paths.manifest))
 
 
 def published_files(version: Version, merged: bool, licence: str) -> list[PublishedFile]:
@@ -216,8 +211,3 @@ def _manifest(
 
 def _from_bytes(path: str, content: bytes, note: str = "") -> PublishedFile:
     return PublishedFile(path, content, hashlib.sha256(content).hexdigest(), note)
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

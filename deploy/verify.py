@@ -104,10 +104,11 @@ def verify_gguf(
 
 
 def check_tokens(gguf: GgufModel, tokenizer: Any, texts: Sequence[str]) -> dict[str, Any]:
-    """Every text becomes the same token ids in llama.cpp and in Transformers."""
+    """Every text becomes the same token ids in llama.cpp and in Transformers, as it would in a chat."""
+    start = _start(tokenizer)
     for text in texts:
-        expected = tokenizer(text, add_special_tokens=False)["input_ids"]
-        found = gguf.tokenize(text, add_special=False)
+        expected = tokenizer(start + text, add_special_tokens=False)["input_ids"]
+        found = gguf.tokenize(start + text, add_special=False)
         if found != expected:
             at = next(
                 (
@@ -121,7 +122,22 @@ def check_tokens(gguf: GgufModel, tokenizer: Any, texts: Sequence[str]) -> dict[
                 f"{gguf.path.name}: the tokenizer differs from Transformers' on {text[:40]!r}: "
                 f"token {at} is {found[at : at + 3]}, but must be {expected[at : at + 3]}"
             )
-    return {"num_texts": len(texts), "num_different": 0}
+    return {"num_texts": len(texts), "num_different": 0, "after_bos": bool(start)}
+
+
+def _start(tokenizer: Any) -> str:
+    """BOS where the tokenizer puts a space before the very first word of a text, and nowhere else.
+
+    llama.cpp can put one there only if it does so after every special token, too. The file has none, so
+    that chats, which begin with BOS, are right, and plain text is compared as it stands in one.
+    """
+    if tokenizer.bos_token is None:
+        return ""
+    alone, after_bos = (
+        tokenizer(text, add_special_tokens=False)["input_ids"]
+        for text in ("a", tokenizer.bos_token + "a")
+    )
+    return "" if alone == after_bos[1:] else tokenizer.bos_token
 
 
 def check_template(gguf: GgufModel, tokenizer: Any) -> dict[str, Any]:

@@ -18,11 +18,11 @@ import pandas as pd
 import pytest
 
 from analysis.dashboard import DashboardOptions, make_app, serve
-from analysis.dashboard_drawing import NUM_POINTS, thinned
 from analysis.dashboard_figures import Drawings
-from analysis.dashboard_lines import COLUMNS, EVAL, STEP, TRAIN, parse_metrics
 from analysis.dashboard_pages import Pages
 from analysis.dashboard_shared import drawn_from
+from analysis.drawing import NUM_POINTS, thinned
+from analysis.lines import COLUMNS, EVAL, STEP, TRAIN, parse_metrics
 from analysis.live import LiveSweep, Runs
 from training.config import TrialConfig
 from training.exceptions import ConfigError
@@ -399,6 +399,7 @@ def test_a_sweep_shows_its_leaderboard_and_curves(site: Site, page: Any) -> None
     assert rows[0][1] == "2.2000" and rows[3][:2] == ["5 trial 5", "2.6500 so far"]
     assert {"0 trial 0", "3 trial 3", "5 trial 5"} <= set(traces(page))
     page.wait_for_selector("#findings li")  # computed beside the page
+    page.wait_for_selector("#figure-slices .js-plotly-plot")
     page.wait_for_selector("text=/\\+0.1000 \\[\\+0.\\d+, \\+0.\\d+\\]/")
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
 

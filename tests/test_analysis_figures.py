@@ -121,6 +121,14 @@ def test_pngs_are_drawn_by_one_browser(sweep, tmp_path):
         assert path.stat().st_size > 10_000
 
 
+def test_svgs_are_drawn_where_they_are_asked_for(sweep, tmp_path):
+    figures = figures_of(sweep.root)
+    one = {name: figures[name] for name in list(figures)[:1]}
+    assert write_images(one, tmp_path, "svg") is None
+    (path,) = tmp_path.iterdir()
+    assert path.suffix == ".svg" and path.read_text("utf-8").startswith("<svg")
+
+
 def test_a_picture_that_kaleido_could_not_draw_is_one_line_and_no_png(sweep, tmp_path, monkeypatch):
     def write(drawings, **options):
         return (ValueError("the page has crashed\nstack"),)

@@ -132,9 +132,8 @@ def test_llama_cpp_runs_the_family_as_transformers_does(
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
 
     with open_gguf(path, num_ctx=LENGTH + 8) as gguf:
-        # After a special token, as in a chat: llama.cpp cannot add a space at the very start alone.
-        start = tokenizer.bos_token if family.sentencepiece == "LlamaTokenizer" else ""
-        check_tokens(gguf, tokenizer, [start + text for text in STRINGS])
+        record = check_tokens(gguf, tokenizer, STRINGS)
+        assert record["after_bos"] == (family.sentencepiece == "LlamaTokenizer")
         check_template(gguf, tokenizer)
         assert gguf.eos_token_id == tokenizer.eos_token_id
         for chat in _chats(family):

