@@ -10,6 +10,7 @@ base + adapter, is timed apart. Memory is a process's peak (resident, pages of m
 """
 
 import argparse
+import ctypes
 import json
 import os
 import resource
@@ -159,7 +160,8 @@ def quantize_by_hand(folder: Path) -> None:
     params.ftype = llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_K_M
     params.nthread = len(os.sched_getaffinity(0))
     paths = [str(folder / f"by hand{end}.gguf").encode() for end in ("", f"-{QUANTIZED}")]
-    if llama_cpp.llama_model_quantize(paths[0], paths[1], params):
+    quantize: Any = llama_cpp.llama_model_quantize
+    if quantize(*paths, ctypes.byref(params)):
         sys.exit("llama.cpp's quantiser failed")
 
 

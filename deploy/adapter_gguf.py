@@ -25,7 +25,7 @@ from deploy.export_gguf import run_converter
 from deploy.gguf_model import GgufModel, last_error, open_gguf
 from deploy.llama_cpp_source import CONVERT_ADAPTER
 from deploy.quantize import QUANTIZATIONS, UNQUANTIZED
-from deploy.verify import BASE, LOST_SHARE, MERGED
+from deploy.verify import LOST_SHARE
 from training.evaluate import mean_loss
 from training.exceptions import GateError, ModelError
 from training.paths import read_json, write_atomic
@@ -44,12 +44,16 @@ def export_adapter(adapter: Path, model_dir: Path, outfile: Path) -> None:
     """
     with tempfile.TemporaryDirectory(prefix="loraloom-adapter-") as folder:
         source = Path(folder) / adapter.resolve().name
-        shutil.copytree(adapter, source)
+        # Of PEFT's own card the converter copies the base's path into the file.
+        shutil.copytree(adapter, source, ignore=shutil.ignore_patterns("*.md"))
         config = read_json(adapter / "adapter_config.json")
+        base = Path(config.get("base_model_name_or_path") or "")
+        if base.is_absolute():  # the file names its base, and is published
+            config["base_model_name_or_path"] = base.name
         if config.get("use_rslora"):
             # llama.cpp scales by alpha / rank alone.
             config["lora_alpha"] = config["lora_alpha"] * math.sqrt(config["r"])
-            (source / "adapter_config.json").write_text(json.dumps(config), "utf-8")
+        (source / "adapter_config.json").write_text(json.dumps(config), "utf-8")
         arguments = [str(source), "--base", str(model_dir), "--outtype", "f16"]
         write_atomic(
             outfile, lambda path: run_converter(CONVERT_ADAPTER, arguments, path, of=adapter)
@@ -60,7 +64,8 @@ def verify_adapter(
     path: Path,
     merged_gguf: Path,
     examples: Sequence[Mapping[str, Any]],
-    losses: Mapping[str, pd.DataFrame],
+    merged: pd.DataFrame,
+    base: pd.DataFrame,
 ) -> dict[str, Any]:
     """Takes the adapter off the merged f16 GGUF and compares what is left with the base model.
 
@@ -68,7 +73,8 @@ def verify_adapter(
         path: the adapter's GGUF.
         merged_gguf: the merged model's, in f16.
         examples: test examples with `example_id`, `input_ids`, `labels`.
-        losses: per-example losses of BASE (in full precision) and MERGED on these.
+        merged: per-example losses of the merged model on these.
+        base: those of the base that it was merged onto.
 
     Returns:
         What was measured, and what it may be at most.
@@ -82,25 +88,25 @@ def verify_adapter(
         removed = gguf.example_losses(examples)
     frames = [
         frame.set_index("example_id").sort_index()["loss_sum"].to_numpy()
-        for frame in (losses[BASE], losses[MERGED], removed)
+        for frame in (base, merged, removed)
     ]
     base_N, merged_N, removed_N = frames
     changed = np.abs(base_N - merged_N).sum()
     share = float(np.abs(removed_N - base_N).sum() / changed) if changed else math.inf
-    found, base = mean_loss(removed), mean_loss(losses[BASE])
+    found, expected = mean_loss(removed), mean_loss(base)
     tolerance = QUANTIZATIONS[UNQUANTIZED].tolerance
-    if not (abs(found - base) <= tolerance and share <= LOST_SHARE):
+    if not (abs(found - expected) <= tolerance and share <= LOST_SHARE):
         raise GateError(
             f"{path.name}: the merged model less this adapter has test loss {found:.4f}, but must be "
-            f"within {tolerance} of the base model's {base:.4f}, and differ from it by at most "
+            f"within {tolerance} of the base model's {expected:.4f}, and differ from it by at most "
             f"{LOST_SHARE:.0%} of what the adapter changed ({share:.0%}): the file is not the adapter"
         )
     return {
         "size_bytes": path.stat().st_size,
         "num_examples": len(removed),
-        "merged_loss": mean_loss(losses[MERGED]),
+        "merged_loss": mean_loss(merged),
         "merged_less_adapter_loss": found,
-        "base_loss": base,
+        "base_loss": expected,
         "tolerance": tolerance,
         "difference_share": share,
         "difference_share_allowed": LOST_SHARE,

@@ -27,6 +27,7 @@ from deploy.card import (
     write_card,
 )
 from deploy.export_gguf import export_gguf
+from deploy.four_bit import DEQUANTISED
 from deploy.gates import Gates, beats_base
 from deploy.imatrix import Importance, for_gguf, importance
 from deploy.manifest import provenance, write_manifest
@@ -178,8 +179,9 @@ def build_version(plan: Plan, evidence: Evidence, draft: PromotionPaths, times: 
     if plan.adapter_gguf:
         with times.stage("adapter GGUF"):
             export_adapter(draft.adapter, draft.merged, draft.adapter_gguf)
+            own_base = losses[BASE_4BIT if merge.record["base"] == DEQUANTISED else BASE]
             verified["adapter_gguf"] = verify_adapter(
-                draft.adapter_gguf, f16, examples.to_list(), losses
+                draft.adapter_gguf, f16, examples.to_list(), losses[MERGED], own_base
             )
     measured = _measure(plan, draft, examples, distances, times)
     verification = {

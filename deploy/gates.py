@@ -127,7 +127,7 @@ def not_overfitted(score: TestScore, max_overfitting: float = MAX_OVERFITTING) -
 
 def _finished(trial: TrialRecord) -> Gate:
     passed = trial.state == "complete"
-    detail = f"{trial.paths.root}: the trial is {trial.state}"
+    detail = f"trial {trial.number} is {trial.state}"
     detail += "" if passed else ", but must be complete"
     return Gate("finished", passed, trial.state, "complete", detail)
 
@@ -141,7 +141,7 @@ def _same_held_out_set(sweep: SweepRecord, trial: TrialRecord) -> Gate:
     detail = "all finished trials were scored on the same validation set"
     if others:
         detail = (
-            f"{trial.paths.root}: trials {_listed(others)} were scored on another validation set, but "
+            f"trial {trial.number}: trials {_listed(others)} were scored on another validation set, but "
             "must have the same one for this trial to be compared with them"
         )
     return Gate("same_held_out_set", not others, len(others), "0 trials of another set", detail)
@@ -164,11 +164,13 @@ def _not_worse(sweep: SweepRecord, trial: TrialRecord) -> Gate:
         interval = difference_interval(_best_losses(trial), _best_losses(leader), CONFIDENCE)
     except (OSError, DataError) as error:
         cause = str(error).strip().splitlines()[0]
-        detail = f"{trial.paths.root}: cannot be compared with the leader, {leader.number}: {cause}"
+        detail = (
+            f"trial {trial.number}: cannot be compared with the leader, {leader.number}: {cause}"
+        )
         return Gate(name, False, {"leader": leader.number}, must_be, detail)
     worse = interval.low > 0
     detail = (
-        f"{trial.paths.root}: validation loss is {'' if worse else 'not measurably '}worse than trial "
+        f"trial {trial.number}: validation loss is {'' if worse else 'not measurably '}worse than trial "
         f"{leader.number}'s, by {interval.estimate:+.4f} "
         f"[{interval.low:+.4f}, {interval.high:+.4f}]"
     )

@@ -101,7 +101,7 @@ def test_verification_takes_the_adapter_off_again(
     path = tmp_path / "adapter.gguf"
     export_adapter(adapters["alpha/r"], tmp_path / "merged", path)
 
-    record = verify_adapter(path, merged, examples.to_list(), losses)
+    record = verify_adapter(path, merged, examples.to_list(), losses["merged"], losses["base"])
 
     assert record["merged_less_adapter_loss"] == pytest.approx(record["base_loss"], abs=0.01)
     assert record["difference_share"] < 0.01
@@ -115,7 +115,9 @@ def test_verification_takes_the_adapter_off_again(
     )
     export_adapter(half, tmp_path / "merged", tmp_path / "half.gguf")
     with pytest.raises(GateError, match=r"half\.gguf: .* the file is not the adapter"):
-        verify_adapter(tmp_path / "half.gguf", merged, examples.to_list(), losses)
+        verify_adapter(
+            tmp_path / "half.gguf", merged, examples.to_list(), losses["merged"], losses["base"]
+        )
 
 
 def test_an_adapter_of_another_model_is_refused(base_gguf: Path, tmp_path: Path) -> None:

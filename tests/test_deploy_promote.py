@@ -149,7 +149,10 @@ def test_promoting_again_makes_the_next_version_without_scoring_again(
     assert second.root.name == "0002"
     assert sweep.current_promotion.read_text().strip() == "0002"
     assert all(path.read_bytes() == content for path, content in before.items())
-    assert [path.name for path in second.root.glob("*.gguf")] == ["tiny-llama-tiny-Q8_0.gguf"]
+    assert sorted(path.name for path in second.root.glob("*.gguf")) == [
+        "adapter.gguf",
+        "tiny-llama-tiny-Q8_0.gguf",
+    ]
     assert {path.name for path in sweep.promoted.iterdir()} <= {"0001", "0002", "current", ".lock"}
     printed = capsys.readouterr().out
     assert "as scored before" in printed

@@ -250,7 +250,7 @@ def test_a_tampered_file_is_refused_before_anything_is_sent(
 
     assert done.returncode == 2
     [line] = done.stderr.strip().splitlines()
-    assert "tiny-Q4_K_M.gguf is not the file that was promoted" in line
+    assert "tiny-Q4_K_M.gguf has another SHA-256, but must be as promoted" in line
     assert hub.requests == []
 
 

@@ -224,7 +224,7 @@ def test_a_worker_that_hangs_is_replaced(
 
     def stop_it() -> None:
         wait_until(lambda: paths.trial(0).state.is_dir())
-        (worker,) = psutil.Process().children()
+        (worker,) = (c for c in psutil.Process().children() if "sweeps.worker" in c.cmdline())
         worker.send_signal(signal.SIGSTOP)
         stopped.append(worker.pid)
 

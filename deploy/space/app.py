@@ -129,7 +129,10 @@ def page(files: Files) -> gr.Blocks:
     with gr.Blocks(title=files.title, analytics_enabled=False) as blocks:
         gr.Markdown(f"# {files.title}\n`{files.model.name}` on a CPU, through llama.cpp")
         with gr.Row():
-            chats = [gr.Chatbot(label=name, height=380, buttons=["copy"]) for name in models]
+            chats = [
+                gr.Chatbot(label=name, elem_id=name.lower(), height=380, buttons=["copy"])
+                for name in models
+            ]
         prompt = gr.Textbox(label="Prompt", placeholder="Ask something; Enter sends it", lines=1)
         with gr.Row():
             send = gr.Button("Send", variant="primary")
@@ -142,9 +145,17 @@ def page(files: Files) -> gr.Blocks:
 
         def ask(question: str, *histories: Any) -> tuple[Any, ...]:
             if not question.strip():
-                return (question, *histories)
+                return (question, gr.skip(), *histories)
             turn = {"role": "user", "content": question.strip()}
-            return ("", *([*_plain(history), turn] for history in histories))
+            closed = gr.update(interactive=False)  # a second question meanwhile would get lost
+            return (
+                gr.update(value="", interactive=False),
+                closed,
+                *([*_plain(history), turn] for history in histories),
+            )
+
+        def reopen() -> tuple[Any, Any]:
+            return gr.update(interactive=True), gr.update(interactive=True)
 
         def answer(
             system: str, max_tokens: int, temperature: float, *histories: Any
@@ -158,7 +169,7 @@ def page(files: Files) -> gr.Blocks:
 
         running: Any = [
             event(
-                ask, [prompt, *chats], [prompt, *chats], queue=False, api_visibility="private"
+                ask, [prompt, *chats], [prompt, send, *chats], queue=False, api_visibility="private"
             ).then(
                 answer,
                 [system, max_tokens, temperature, *chats],
@@ -170,11 +181,14 @@ def page(files: Files) -> gr.Blocks:
             )
             for event in (prompt.submit, send.click)
         ]
-        stop.click(None, cancels=running, api_visibility="private")
+        inputs: Any = [prompt, send]
+        for event in running:
+            event.then(reopen, None, inputs, api_visibility="private")
+        stop.click(reopen, None, inputs, cancels=running, api_visibility="private")
         clear.click(
-            lambda: tuple([] for _ in chats) if len(chats) > 1 else [],
+            lambda: (*reopen(), *([] for _ in chats)),
             None,
-            chats,
+            [*inputs, *chats],
             cancels=running,
             api_visibility="private",
         )
