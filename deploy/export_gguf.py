@@ -91,9 +91,6 @@ def complete_model_dir(model_dir: Path, folder: Path) -> Path:
         if not (source / "tokenizer.model").exists():
             write_sentencepiece(tokenizer, source / "tokenizer.model")
         settings["add_prefix_space"] = _adds_prefix_space(tokenizer)
-    else:
-        # The name by which the Phi family's converter knows a byte-level tokenizer (Phi-4).
-        settings["tokenizer_class"] = "GPT2Tokenizer"
     config_file.unlink(missing_ok=True)
     config_file.write_text(json.dumps(settings), "utf-8")
     return source
