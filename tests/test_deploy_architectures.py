@@ -4,6 +4,7 @@ Models are random and tiny. Byte-level families have SmolLM2's tokenizer; Senten
 is trained here, saved as Transformers 5 saves it: without tokenizer.model.
 """
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +17,12 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from deploy.export_gguf import check_architecture, export_gguf, known_architectures
+from deploy.export_gguf import (
+    check_architecture,
+    complete_model_dir,
+    export_gguf,
+    known_architectures,
+)
 from deploy.gguf_model import GgufModel, open_gguf
 from deploy.modelfile import ollama_template
 from deploy.verify import STRINGS, check_template, check_tokens
@@ -77,8 +83,8 @@ FAMILIES = {
         "SmolLM3Config",
         {"num_hidden_layers": 4, "no_rope_layers": [1, 1, 1, 0], "no_rope_layer_interval": 4},
     ),
-    # No Qwen 2: Transformers gives its tokenizers a regex of their own, and of a vocabulary that is not Qwen's
-    # with that the converter knows nothing.
+    # No Qwen 2: Transformers gives its tokenizers a regex of their own, and the converter knows that one
+    # with Qwen's vocabulary only.
     "qwen3": Family("Qwen3Config", {"head_dim": 32}),
     "llama-2": Family("LlamaConfig", {}, "LlamaTokenizer", PLAIN),
     "mistral": Family("MistralConfig", {"sliding_window": None}, "LlamaTokenizer", PLAIN),
