@@ -2,7 +2,8 @@
 
 `plan_merge` reads the headers of the base's safetensors and the adapter, and refuses what does not fit.
 `write_merged` then reads each tensor, adds `scaling * B @ A` in float32 where the adapter has a layer, and
-writes it into a file of the same name. Memory holds a tensor and the adapter, not the model, nor a file.
+writes it into a file of the same name. Memory holds the adapter and what the allocator keeps of tensors that
+were read (measured: less than one file), not the model.
 """
 
 import json

@@ -98,7 +98,7 @@ class SharedStudy:
     def lost(self) -> list[FrozenTrial]:
         """Trials in flight whose process is gone; the caller holds `lock`."""
         running = self.study.get_trials(deepcopy=False, states=[TrialState.RUNNING])
-        stale = set(self.study._storage._get_stale_trial_ids(self.study._study_id))  # pyright: ignore
+        stale = set(self.study._storage._get_stale_trial_ids(self.study._study_id))  # pyright: ignore[reportAttributeAccessIssue]
         return [
             trial
             for trial in running
