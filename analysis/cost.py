@@ -46,7 +46,10 @@ def sweep_cost(results: Results, histories: Mapping[int, History]) -> Cost | Non
     train_s = shared_s = 0.0
     tokens, num_unknown, is_estimate = 0, 0, False
     steps = StepCount()
+    continued = {record.continues for record in sweep.all_trials}
     for record in sweep.all_trials:
+        if record.number in continued:
+            continue  # another machine's trial began with all that it had measured
         result = record.result
         if result:
             steps.add(result, record.settings.get("max_steps") or result.get("num_steps") or 0)

@@ -16,8 +16,8 @@ import yaml
 from analysis.dashboard_promotion import Promotions
 from analysis.dashboard_statistics import Statistics
 from analysis.live import LiveSweep, LiveTrial
+from analysis.readable import load_readable
 from sweeps import requests
-from sweeps.ledger import read_sweep
 from training.exceptions import ConfigError, LoraloomError, SweepError
 
 STOP, SEEDS, LEADERS, QUEUE, PROMOTE = "stop", "seeds", "leaders", "queue", "promote"
@@ -63,18 +63,20 @@ class Actions:
         """Stands in our own pages alone, which no other site's page can read."""
         self.promotions = Promotions()
 
-    def on_trial(self, trial: LiveTrial) -> list[str]:
+    def on_trial(self, sweep: LiveSweep, trial: LiveTrial) -> list[str]:
         """Buttons of a trial's page."""
         if self.is_read_only:
             return []
-        return {"running": [STOP], "complete": [SEEDS, PROMOTE]}.get(trial.state, [])
+        actions = {"running": [STOP], "complete": [SEEDS, PROMOTE]}.get(trial.state, [])
+        return [action for action in actions if action == PROMOTE or takes_requests(sweep)]
 
-    def on_sweep(self, trials: list[LiveTrial]) -> list[str]:
+    def on_sweep(self, sweep: LiveSweep, trials: list[LiveTrial]) -> list[str]:
         """Buttons of a sweep's page."""
         if self.is_read_only:
             return []
         is_done = any(trial.state == "complete" for trial in trials)
-        return [QUEUE, *([LEADERS, PROMOTE] if is_done else [])]
+        actions = [QUEUE, *([LEADERS, PROMOTE] if is_done else [])]
+        return [action for action in actions if action == PROMOTE or takes_requests(sweep)]
 
     def ask(
         self, action: Any, sweep: LiveSweep, trial: LiveTrial | None, known: Statistics
@@ -109,7 +111,7 @@ class Actions:
             text = "A trial with this setting is trained next."
             return Question(QUEUE, text, fields=setting_fields(sweep))
         if action == PROMOTE:
-            number = trial.number if trial else read_sweep(sweep.paths.root).best().number
+            number = trial.number if trial else _best(sweep)
             text = (
                 f"Trial {number} is scored on the test split, merged, converted and verified on this "
                 "machine now (minutes); if it passes, it becomes the version in use."
@@ -128,6 +130,8 @@ class Actions:
             raise ConfigError("nothing can be changed from this page")
         if not hmac.compare_digest(given.encode(), self.secret.encode()):
             raise ConfigError("this page is of an earlier start of the dashboard: reload it")
+        if order.get("action") != PROMOTE and not takes_requests(sweep):
+            raise ConfigError("this sweep is not one of sweeps.run: nobody would take the request")
         action, numbers, values = order.get("action"), order.get("numbers"), order.get("values")
         if not isinstance(numbers, list) or not all(type(number) is int for number in numbers):
             raise ConfigError("the trials must be given by their numbers")
@@ -147,6 +151,19 @@ class Actions:
             self.promotions.start(sweep.paths, numbers[0])
             return f"The promotion of trial {numbers[0]} has begun."
         raise ConfigError("there is nothing of that kind to do here")
+
+
+def takes_requests(sweep: LiveSweep) -> bool:
+    """Whether `sweeps.run` runs it: W&B's agents, and what was pulled from there, take no requests."""
+    return sweep.paths.study.is_file() or sweep.paths.decision_lock.is_file()
+
+
+def _best(sweep: LiveSweep) -> int:
+    """The best trial among those that can be read."""
+    results, _ = load_readable(sweep.paths.root)
+    if results.sweep is None:
+        raise SweepError(f"{sweep.paths.root}: no trial has finished")
+    return results.sweep.best().number
 
 
 def setting_fields(sweep: LiveSweep) -> tuple[Field, ...]:

@@ -4,7 +4,6 @@ The dialog is the browser's own: it keeps the focus, Escape closes it, and what 
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from dash import dcc, html
@@ -93,10 +92,7 @@ def waiting(
         ]
         text = "Waits for the runner, which looks every few seconds:"
         if not is_running:
-            text = (
-                f"Waits for sweeps.run, which does not run: python -m sweeps.run {root}/sweep.yaml "
-                f"--output_dir {Path(root).parent}"
-            )
+            text = f"Waits for sweeps.run, which does not run {root}: the command that began it goes on."
         parts.append(html.Div([html.P(text), html.Ul(lines)], className="card text caveats"))
     if promotion is not None:
         parts.append(html.P(promotion.text, className="line"))

@@ -327,7 +327,7 @@ class Pages:
                 records,
                 lambda: [{"label": label(trial), "value": trial.number} for trial in trials],
             ),
-            **self._action_parts("", sweep, self.actions.on_sweep(trials)),
+            **self._action_parts("", sweep, self.actions.on_sweep(sweep, trials)),
         }
 
     def _trial_parts(self, sweep: LiveSweep, trial: LiveTrial) -> Parts:
@@ -348,7 +348,7 @@ class Pages:
                 _samples_mark(trial),
                 lambda: samples_view(trial.record.samples() if trial.record else {}),
             ),
-            **self._action_parts("trial-", sweep, self.actions.on_trial(trial)),
+            **self._action_parts("trial-", sweep, self.actions.on_trial(sweep, trial)),
         }
 
     def _action_parts(self, prefix: str, sweep: LiveSweep, actions: list[str]) -> Parts:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from analysis.lines import file_end, is_locked
-from sweeps.ledger import read_trial
+from analysis.readable import read_checked_trial
 from training.exceptions import SweepError
 from training.paths import SweepPaths
 
@@ -44,7 +44,7 @@ class Promotions:
         """
         if not paths.trial(number).config.is_file():
             raise SweepError(f"{paths.trial(number).root}: no such trial")
-        trial = read_trial(paths.trial(number))
+        trial = read_checked_trial(paths.trial(number))
         if trial.state != "complete":
             raise SweepError(
                 f"{trial.paths.root}: the trial is {trial.state}, but must be complete"

@@ -26,8 +26,9 @@ from analysis.stats import Interval
 from training.exceptions import LoraloomError
 
 FIGURES = {
-    "slices": "Loss by each setting, with the 95 % interval of each trial's own loss",
-    "contour": "Two settings together; points are trials",
+    "slices": "Loss by each setting. Bars, where there are losses of examples: the 95 % interval of each "
+    "trial's own loss. They are not of differences: trials whose bars overlap may well differ.",
+    "contour": "Two settings together; points are trials, of several at one place the lowest",
     "stage_tree": "Which steps were trained once for several trials",
 }
 _REST = 9
@@ -103,20 +104,23 @@ class StatisticsWorker:
             stderr=subprocess.DEVNULL,
             text=True,
         ) as process:
+            last = None
             for line in process.stdout or ():
-                known, version = _decoded(line), self.known.version + 1
-                if known.figures:
-                    known = replace(known, figures_version=version)
-                else:  # those of before stay until there are new ones
-                    before = self.known
-                    known = replace(
-                        known, figures=before.figures, figures_version=before.figures_version
-                    )
-                self.known = replace(known, version=version)
+                last = _decoded(line)
+                if not self.known.findings:  # else those of before stay until all is there
+                    self._publish(last)
+            if last is not None and not process.wait():
+                self._publish(last)
         if process.returncode:
             problem = "they could not be computed from these files"
             self.known = replace(self.known, version=self.known.version + 1, problem=problem)
         self._not_before = time.monotonic() + _GAP_S + _REST * (time.monotonic() - begin)
+
+    def _publish(self, known: Statistics) -> None:
+        version = self.known.version + 1
+        same = known.figures == self.known.figures
+        figures_version = self.known.figures_version if same else version
+        self.known = replace(known, version=version, figures_version=figures_version)
 
 
 def compute(root: Path) -> Iterator[Statistics]:

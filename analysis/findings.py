@@ -69,9 +69,11 @@ def find(results: Results) -> Findings:
         *_overfitting(results, histories),
         *_seed_noise(results),
     ]
+    # Copies of a trial are no evidence of their own; a CSV has train losses, which tell nothing for certain.
+    own = trained(results) if results.sweep is not None else []
     pairs = interactions(
-        [trial.params for trial in results.compared],
-        [trial.loss or 0.0 for trial in results.compared],
+        [trial.params for trial in own],
+        [trial.loss or 0.0 for trial in own],
         [name for name in results.settings if name != SEED],
     )
     outlook = look_ahead(results, effects, pairs)

@@ -71,11 +71,14 @@ def read_histories(sweep: SweepRecord | None) -> dict[int, History]:
     if sweep is None:
         return {}
     read = {record.number: _read(record) for record in sweep.trials}
-    groups: dict[tuple[float, float], list[History]] = {}
+    groups: dict[tuple[float, ...], list[History]] = {}
     for history in read.values():
         first = history.train[:1]
         if len(first) and np.isfinite(first[0, TIME]):
-            groups.setdefault((first[0, TIME], first[0, TRAIN]), []).append(history)
+            # A fork has its leader's line of step 0, too; mates of a pack have written theirs apart.
+            began = history.table[:1, TIME]
+            key = (*began.tolist(), first[0, TIME], first[0, TRAIN])
+            groups.setdefault(key, []).append(history)
     known = {record.number for record in sweep.trials if "steps_saved" in record.result}
     for group in groups.values():
         for history in group:

@@ -6,8 +6,8 @@
 By hand, a script and so a process a step: PEFT's `merge_and_unload`, `save_pretrained`, llama.cpp's converter
 to f16, its quantiser. Ours, one process as `deploy.promote` is: the merge that streams from file to file,
 then the same converter (in its own process) and quantiser. Both take turns in one run, and medians are kept.
-What promotion adds, reading the merged model back and comparing it with base + adapter, is timed apart. Memory is
-a process's peak (resident, pages of mapped files included), the larger one where two run at a time.
+What promotion adds, reading the merged model back and comparing it with base + adapter, is timed apart.
+Memory is a process's peak (resident, pages of mapped files included), the larger one where two run at a time.
 """
 
 import argparse

@@ -6,6 +6,7 @@
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import Any
 
 import pandas as pd
@@ -20,6 +21,8 @@ from sweeps.ledger import SweepRecord, TrialRecord
 
 SUPER_BLOCK = 256
 """Row length that K-quants and i-quants need to divide by."""
+MERGED_USE = "`merged/` loads with Transformers' `AutoModelForCausalLM`, `adapter/` with PEFT."
+ADAPTER_USE = "`adapter/` loads with PEFT."
 DATA_SETTINGS = ("dataset_name", "max_length", "validation_fraction", "test_fraction")
 
 
@@ -158,12 +161,33 @@ def sweep_table(sweep: SweepRecord, chosen: TrialRecord) -> pd.DataFrame:
         loss = "" if trial.loss is None else f"{trial.loss:.4f}"
         best_step = trial.result.get("best_step", "")
         mark = " (this model)" if trial.number == chosen.number else ""
-        values = [_value(trial.params.get(name, "")) for name in names]
+        values = [_value(_last_part(trial.params.get(name, ""))) for name in names]
         rows.append(
-            (f"{trial.number}", f"{trial.name}{mark}", *values, trial.state, best_step, loss)
+            (
+                f"{trial.number}",
+                f"{_without_paths(trial)}{mark}",
+                *values,
+                trial.state,
+                best_step,
+                loss,
+            )
         )
     header = ["trial", "name", *names, "state", "best step", "validation loss"]
     return pd.DataFrame(rows, columns=header)
+
+
+def _last_part(value: Any) -> Any:
+    """The last part of a path of this machine; anything else as it is."""
+    is_path = isinstance(value, str) and PurePath(value).is_absolute()
+    return PurePath(value).name if is_path else value
+
+
+def _without_paths(trial: TrialRecord) -> str:
+    name = trial.name
+    for value in trial.params.values():
+        if isinstance(value, str):
+            name = name.replace(value, _last_part(value))
+    return name
 
 
 def _front_matter(facts: CardFacts) -> str:
@@ -268,8 +292,7 @@ def _usage(facts: CardFacts) -> str:
         f"ollama create {facts.name.lower()} -f Modelfile && ollama run {facts.name.lower()}\n"
         "# Loraloom\n"
         f'python -m deploy.chat {file_name} --prompt "..."\n'
-        "```\n\n"
-        "`merged/` loads with Transformers' `AutoModelForCausalLM`, `adapter/` with PEFT."
+        "```\n\n" + MERGED_USE
     )
 
 

@@ -43,9 +43,24 @@ def read_manifest(paths: PromotionPaths) -> dict[str, Any]:
         ) from None
     except (ValueError, NotADirectoryError) as error:
         raise ModelError(f"{paths.manifest}: is damaged, but must be whole JSON: {error}") from None
-    if not isinstance(manifest, dict) or not {"files", "ggufs"} <= manifest.keys():
+    if not isinstance(manifest, dict) or not _is_complete(manifest):
         raise ModelError(f"{paths.manifest}: names no files, but must be a version's manifest")
     return manifest
+
+
+def _is_complete(manifest: dict[str, Any]) -> bool:
+    """Whether it says what chat, push and the registry read of it, and names files of its own only."""
+    files, ggufs = manifest.get("files"), manifest.get("ggufs")
+    if not (isinstance(files, dict) and isinstance(ggufs, dict) and ggufs):
+        return False
+    return (
+        {"name", "trial", "step", "created"} <= manifest.keys()
+        and all(
+            isinstance(e, dict) and {"sha256", "size_bytes"} <= e.keys() for e in files.values()
+        )
+        and all(isinstance(name, str) and name in files for name in ggufs.values())
+        and not any("/" in name or "\\" in name for name in ggufs.values())
+    )
 
 
 def find_changes(paths: PromotionPaths) -> list[str]:

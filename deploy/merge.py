@@ -112,7 +112,17 @@ def load_with_adapter(config: TrialConfig, adapter: Path) -> PeftModel:
     return _put_on(load_model(config), config, adapter)
 
 
-def load_merged(directory: Path, device: torch.device) -> PreTrainedModel:
+def full_precision_losses(
+    config: TrialConfig, examples: Dataset, device: torch.device
+) -> pd.DataFrame:
+    """Per-example losses of the base model in fp32, whatever it was trained in."""
+    base = _load_full_precision(config, device)
+    return example_losses(base, examples, config.per_device_eval_batch_size)
+
+
+def load_merged(
+    directory: Path, device: torch.device, trust_remote_code: bool = False
+) -> PreTrainedModel:
     """A merged model as it was saved, in fp32 and evaluation mode."""
     gc.collect()  # models used before are in reference cycles, and this one needs their room
     return AutoModelForCausalLM.from_pretrained(

@@ -29,6 +29,10 @@ def ollama_template(tokenizer: Any) -> tuple[str, str] | None:
     """Go template of one turn, and the default system text; None where it cannot be derived."""
     system = {"role": "system", "content": SYSTEM}
     turn = [{"role": "user", "content": USER}, {"role": "assistant", "content": ASSISTANT}]
+    if "strftime_now" in str(tokenizer.chat_template):
+        return (
+            None  # it says what day it is (Llama 3), and would go on saying that of the promotion
+        )
     try:
         with_system = _render(tokenizer, [system, *turn])
         without = _render(tokenizer, turn)

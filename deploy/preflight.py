@@ -53,7 +53,16 @@ def estimate_bytes(num_params: int, quantizations: Sequence[Quantization]) -> in
         for item in quantizations
         if item.name != UNQUANTIZED
     )
-    return round(num_params * (FP32_BYTES + F16_BYTES + quantized)) + OTHER_BYTES
+    # Of a type that gains from an importance matrix there are two files, until one is chosen.
+    tried = max(
+        (
+            item.bits_per_weight / 8 * FALLBACK_FACTOR
+            for item in quantizations
+            if item.gains_from_imatrix
+        ),
+        default=0.0,
+    )
+    return round(num_params * (FP32_BYTES + F16_BYTES + quantized + tried)) + OTHER_BYTES
 
 
 def _size_bytes(directory: Path) -> int:

@@ -19,7 +19,7 @@ from deploy.gates import MAX_OVERFITTING, Gates, beats_base, not_overfitted, ori
 from deploy.measure import make_limits
 from deploy.preflight import check_ready
 from deploy.quantize import ALL, DEFAULT_QUANTIZATION, QUANTIZATIONS, check_quantizations
-from deploy.registry import publish, registry_lock
+from deploy.registry import current_number, publish, registry_lock
 from deploy.score import compare, load_held_out, score_on_test
 from deploy.verify import BASE, BASE_4BIT
 from sweeps.ledger import SweepRecord, TrialRecord, read_sweep
@@ -201,6 +201,7 @@ def _pass_gates(plan: Plan, options: PromoteOptions, times: StageTimes) -> Evide
 def _draft(paths: SweepPaths) -> Iterator[PromotionPaths]:
     """An empty directory to build in; gone afterwards. One promotion at a time."""
     with registry_lock(paths):
+        current_number(paths)  # before the work: what it cannot be added to would lose it
         draft = PromotionPaths(paths.promotion_draft)
         # A killed promotion leaves its draft behind.
         shutil.rmtree(draft.root, ignore_errors=True)

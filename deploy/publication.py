@@ -7,6 +7,7 @@ their last part, and the manifest lists what is published.
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
@@ -17,6 +18,7 @@ from huggingface_hub import EvalResult, ModelCard, SpaceCard
 from huggingface_hub.utils import validate_repo_id
 from huggingface_hub.utils.sha import git_hash
 
+from deploy.card import ADAPTER_USE, MERGED_USE
 from deploy.manifest import file_sha256, find_changes
 from training.exceptions import ModelError
 from training.paths import PromotionPaths, read_json
@@ -29,6 +31,8 @@ TEXT_SUFFIXES = (".md", ".json")
 SPACE_SOURCE = Path(__file__).parent / "space"
 SPACE_TEXTS = ("app.py", "requirements.txt")
 ADAPTER_GGUF = "adapter.gguf"
+MERGED_ROW = re.compile(r"\| merged/ ")
+"""Of the card's table of files; what a repo does not hold its card does not promise."""
 
 
 @dataclass(frozen=True)
@@ -141,6 +145,9 @@ def complete_card(
         data["datasets"] = [dataset]
     if not merged and data.get("library_name") == "transformers":
         data["library_name"] = "gguf"  # nothing in the repo loads with Transformers alone
+    if not merged:
+        card.text = "\n".join(line for line in card.text.split("\n") if not MERGED_ROW.match(line))
+        card.text = card.text.replace(MERGED_USE, ADAPTER_USE)
     if not data.get("eval_results") and not data.get("model-index"):
         data["model_name"] = manifest["name"]
         data["eval_results"] = [
@@ -195,8 +202,11 @@ def _machine_paths(version: Version) -> dict[str, str]:
 
 
 def _cut(text: str, replaced: dict[str, str]) -> str:
+    """The text without these paths; JSON writes other letters than ASCII's as escapes."""
     for path in sorted(replaced, key=len, reverse=True):
-        text = text.replace(path, replaced[path])
+        for written in dict.fromkeys((path, json.dumps(path)[1:-1])):
+            whole = re.escape(written) + r"(?![\w/-])"
+            text = re.sub(whole, lambda _, path=path: replaced[path], text)
     return text
 
 

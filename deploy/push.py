@@ -156,6 +156,8 @@ def _token() -> str:
 def _licence_of_base(api: HfApi, manifest: dict[str, Any]) -> str:
     """What the base model's card names; empty where the hub does not say."""
     base = manifest.get("base_model") or ""
+    if not manifest.get("base_is_hub_id"):
+        return ""
     try:
         validate_repo_id(base)
         card = api.model_info(base).card_data
@@ -171,6 +173,7 @@ def _prepare(api: HfApi, repo_id: str, repo_type: str, digest: str, options: Pus
     Raises:
         ConfigError: it is there and is another's.
     """
+    is_new = False
     with _hub_failures(repo_id):
         try:
             info = api.repo_info(repo_id, repo_type=repo_type)
@@ -178,6 +181,7 @@ def _prepare(api: HfApi, repo_id: str, repo_type: str, digest: str, options: Pus
             sdk = "gradio" if repo_type == SPACE else None
             api.create_repo(repo_id, repo_type=repo_type, private=not options.public, space_sdk=sdk)
             info = api.repo_info(repo_id, repo_type=repo_type)
+            is_new = True
         present = _present(api, repo_id, repo_type)
         marker = _marker(api, repo_id, repo_type) if _marker_name(repo_type) in present else {}
     if bool(info.private) == options.public:
@@ -185,13 +189,16 @@ def _prepare(api: HfApi, repo_id: str, repo_type: str, digest: str, options: Pus
             f"{_url(api, repo_id, repo_type)} stays {'private' if info.private else 'public'}: its "
             "settings on the hub change that"
         )
+    # The hub gives a Space a card of its own, which tells it by what it runs.
+    untouched = UNTOUCHED | ({"README.md"} if repo_type == SPACE else set())
+    old_files = marker.get("files")
     target = Target(
         api,
         repo_id,
         repo_type,
         present,
-        is_ours=not set(present) - UNTOUCHED or marker.get(MANIFEST_DIGEST) == digest,
-        old_files=set(marker.get("files", {})),
+        is_ours=is_new or not set(present) - untouched or marker.get(MANIFEST_DIGEST) == digest,
+        old_files=set(old_files) if isinstance(old_files, dict) else set(),
     )
     if repo_type == SPACE and marker.get("model_repo") == repo_id:
         target.is_ours = True  # our Space, of an earlier version of this model

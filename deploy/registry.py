@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 from deploy.manifest import find_changes, read_manifest
 from training.cli import make_parser, parse, run_command
 from training.exceptions import ConfigError, ModelError, SweepError
-from training.paths import PromotionPaths, SweepPaths, read_json, sync_directory, write_text
+from training.paths import PromotionPaths, SweepPaths, sync_directory, write_text
 
 UNASKED, DEFAULT = -1, 0
 
@@ -82,7 +82,7 @@ def current_version(paths: SweepPaths) -> PromotionPaths:
         raise ModelError(
             f"{paths.root} holds nothing promoted; `python -m deploy.promote {paths.root}` promotes a trial"
         )
-    number = _current_number(paths)
+    number = current_number(paths)
     if number not in list_versions(paths):
         there = ", ".join(map(str, list_versions(paths))) or "none"
         raise ModelError(
@@ -94,7 +94,7 @@ def current_version(paths: SweepPaths) -> PromotionPaths:
 
 def versions_table(paths: SweepPaths) -> pd.DataFrame:
     """One row a version; one whose manifest cannot be read says so."""
-    current = _current_number(paths)
+    current = current_number(paths)
     rows = []
     for number in list_versions(paths):
         version = paths.promotion(number)
@@ -165,7 +165,7 @@ def rollback(paths: SweepPaths, number: int = DEFAULT) -> PromotionPaths:
     """
     with registry_lock(paths):
         if number == DEFAULT:
-            current = _current_number(paths)
+            current = current_number(paths)
             older = [each for each in list_versions(paths) if each < current]
             if not older:
                 raise SweepError(
@@ -205,7 +205,7 @@ def registry_lock(paths: SweepPaths) -> Iterator[None]:
 def publish(paths: SweepPaths, draft: PromotionPaths) -> PromotionPaths:
     """Gives the draft the next number, read-only, and makes it the current version."""
     # A version that was removed by hand was somebody's: its number is not reused while `current` knows it.
-    number = max([*list_versions(paths), _current_number(paths)]) + 1
+    number = max([*list_versions(paths), current_number(paths)]) + 1
     version = paths.promotion(number)
     for path in draft.root.rglob("*"):
         if path.is_file() and not path.is_symlink():
@@ -230,12 +230,12 @@ def find_gguf(path: Path) -> Path:
     if not version.manifest.is_file():
         sweep = SweepPaths(path.parent if path.name == SweepPaths(path).promoted.name else path)
         version = current_version(sweep)
-    manifest = read_json(version.manifest)
+    manifest = read_manifest(version)
     name = next(iter(manifest["ggufs"].values()))
     gguf = version.root / name
-    expected = manifest.get("files", {}).get(name, {}).get("size_bytes")
+    expected = manifest["files"][name]["size_bytes"]
     size = gguf.stat().st_size if gguf.is_file() else 0
-    if expected is not None and size != expected:
+    if size != expected:
         raise ModelError(
             f"{gguf}: is {size:,} bytes, but must be {expected:,} ({version.manifest})"
         )
@@ -250,8 +250,12 @@ def _known(paths: SweepPaths, number: int) -> int:
     return number
 
 
-def _current_number(paths: SweepPaths) -> int:
-    """What `current` says; 0 without one."""
+def current_number(paths: SweepPaths) -> int:
+    """What `current` says; 0 without one.
+
+    Raises:
+        SweepError: it says something else than a number.
+    """
     try:
         text = paths.current_promotion.read_text("utf-8").strip()
     except FileNotFoundError:

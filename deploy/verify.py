@@ -200,10 +200,14 @@ def check_answers_end(
     )
 
 
-def check_losses(losses: Mapping[str, pd.DataFrame]) -> dict[str, Any]:
+def check_losses(losses: Mapping[str, pd.DataFrame], *, forced: bool = False) -> dict[str, Any]:
     """Compares mean losses on the same examples: base, adapter, merged, then each GGUF by its type.
 
     A trial over a 4-bit base has ADAPTER_4BIT in the place of ADAPTER, and BASE_4BIT beside BASE.
+
+    Args:
+        losses: per-example losses by form.
+        forced: the model is promoted although it need not beat its base.
 
     Raises:
         GateError: a loss is farther from the merged model's than its tolerance, a GGUF is no better
@@ -222,7 +226,7 @@ def check_losses(losses: Mapping[str, pd.DataFrame]) -> dict[str, Any]:
                 f"merged model's {merged:.4f}"
             )
     for name in (MERGED, *(name for name in means if name in QUANTIZATIONS)):
-        if not means[name] < base:
+        if not means[name] < base and not forced:
             raise GateError(
                 f"{name}: test loss is {means[name]:.4f}, but must be below the base model's "
                 f"{base:.4f}" + ("" if name == MERGED else "; a larger quantisation loses less")

@@ -1,5 +1,6 @@
 """The runner's side of `sweeps.requests`: what users ask for, put into the study, each request once."""
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +14,14 @@ from sweeps.requests import (
     pending_requests,
     settle_request,
 )
-from sweeps.waiting import REQUEST_ATTR, SEED_ATTR, SEED_OF_ATTR, asked_setting, further_seed
+from sweeps.waiting import (
+    CONTINUES_ATTR,
+    REQUEST_ATTR,
+    SEED_ATTR,
+    asked_setting,
+    further_seed,
+    seeds_of,
+)
 from training.paths import SweepPaths, read_json
 
 STOPPED_BY_REQUEST = "stopped by request"
@@ -26,10 +34,12 @@ class AskedFor:
     Args:
         study: where trials are queued.
         paths: of the sweep, whose requests these are.
+        lock: no other runner of a shared study puts the same ones into it.
     """
 
     study: optuna.Study
     paths: SweepPaths
+    lock: AbstractContextManager[Any] = field(default_factory=nullcontext)
     stopped: set[int] = field(default_factory=set)
     """Trials that are to end at their next evaluation."""
     _changed_ns: int = 0
@@ -48,10 +58,17 @@ class AskedFor:
         if changed_ns == self._changed_ns and not again:
             return False
         self._changed_ns = changed_ns
-        requests = pending_requests(self.paths)
-        for request in requests:
-            if self._is_settled(request):
-                settle_request(self.paths, request)
+        with self.lock:
+            requests = pending_requests(self.paths)
+            for request in requests:
+                try:
+                    is_settled = self._is_settled(request)
+                except (OSError, ValueError, LookupError, TypeError):
+                    is_settled = (
+                        True  # of a trial that is gone: it would stop every start from now on
+                    )
+                if is_settled:
+                    settle_request(self.paths, request)
         return bool(requests)
 
     def _is_settled(self, request: dict[str, Any]) -> bool:
@@ -60,7 +77,7 @@ class AskedFor:
         asked = [t for t in trials if t.user_attrs.get(REQUEST_ATTR) == request["id"]]
         action = request["action"]
         if action == STOP_TRIAL:
-            number = request["number"]
+            number = _last_of(trials, request["number"])
             self.stopped.add(number)
             is_over = number >= len(trials) or trials[number].state.is_finished()
             return is_over or self.paths.trial(number).result.is_file()
@@ -80,12 +97,16 @@ class AskedFor:
     ) -> None:
         """Queues those that a start which was killed in the middle of it has not queued."""
         own = read_json(self.paths.trial(number).config)["settings"]["seed"]
-        seeds = [t.user_attrs[SEED_ATTR] for t in trials if _first_of(t) == number]
-        num_left = request["num_seeds"] - sum(_first_of(t) == number for t in asked)
+        seeds = [t.user_attrs[SEED_ATTR] for t in seeds_of(trials, number)]
+        num_left = request["num_seeds"] - len(seeds_of(asked, number))
         start = max([own, *seeds]) + 1
         for seed in range(start, start + num_left):
             self.study.add_trial(further_seed(trials[number], seed, request["id"]))
 
 
-def _first_of(trial: FrozenTrial) -> int | None:
-    return trial.user_attrs.get(SEED_OF_ATTR)
+def _last_of(trials: list[FrozenTrial], number: int) -> int:
+    """The trial, or the one that has taken its place in another process."""
+    continued_by = {t.user_attrs.get(CONTINUES_ATTR): t.number for t in trials}
+    while number in continued_by:
+        number = continued_by[number]
+    return number

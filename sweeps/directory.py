@@ -8,7 +8,7 @@ import fcntl
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -123,7 +123,7 @@ def allocate_trial(paths: SweepPaths) -> int:
 def is_locked(paths: SweepPaths) -> bool:
     """Whether a process runs the sweep, or workers of a killed one save their trials."""
     try:
-        with open(paths.lock, encoding="utf-8") as file:
+        with open(paths.lock, "r+", encoding="utf-8") as file:  # NFS wants it writable
             return not _try_lock(file)
     except OSError:
         return False
@@ -154,15 +154,28 @@ def write_definition(definition: SweepDefinition, paths: SweepPaths) -> None:
         write_json(paths.environment, describe_environment())
 
 
-def continue_files(lost: TrialPaths, paths: TrialPaths) -> None:
-    """Gives a trial what another one had saved whose process is gone: history, evaluations, state."""
-    if paths.root.is_dir() or not lost.root.is_dir():
+def continue_files(chain: Sequence[TrialPaths], paths: TrialPaths) -> None:
+    """Gives a trial what another one had saved whose process is gone: history, evaluations, state.
+
+    Args:
+        chain: the trials that it continues, the last one first; one may have been lost before it had files.
+        paths: of the trial.
+    """
+    lost = next((trial for trial in chain if trial.root.is_dir()), None)
+    if paths.root.is_dir() or lost is None:
         return
     own = (lost.config, lost.result, lost.log, lost.wandb, lost.wandb_receipt)
-    left_out = shutil.ignore_patterns(*(path.name for path in own))
+    left_out = shutil.ignore_patterns(".*", *(path.name for path in own))
 
     def write(root: Path) -> None:
-        shutil.copytree(lost.root, root, dirs_exist_ok=True, ignore=left_out)
+        for attempt in range(3):
+            try:
+                shutil.copytree(lost.root, root, dirs_exist_ok=True, ignore=left_out)
+                return
+            except shutil.Error:  # its last worker is just putting a state in the place of another
+                if attempt == 2:
+                    raise
+                time.sleep(1)
 
     write_directory(paths.root, write)
     shutil.rmtree(lost.state, ignore_errors=True)

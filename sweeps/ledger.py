@@ -43,6 +43,8 @@ class TrialRecord:
     """Number of the trial whose settings this one has with another seed."""
     wandb_id: str | None = None
     """Of its W&B run."""
+    continues: int | None = None
+    """Number of the trial, of a process that was lost, whose files this one goes on with."""
 
     @property
     def config(self) -> TrialConfig:
@@ -138,9 +140,12 @@ class SweepRecord:
             raise SweepError(f"{self.paths.root}: no trial has finished, so there is no best one")
         losses = {trial.number: self.seed_losses(trial) for trial in firsts}
         # A mean is not compared with one lucky seed: that of a setting which the final round left out.
+        # Nor does a trial become the best one because somebody has asked for more seeds of it: a final round
+        # has the trial of the lowest loss among its own.
         several = [trial for trial in firsts if len(losses[trial.number]) > 1]
+        leader = min(firsts, key=lambda trial: (trial.loss or 0.0, trial.number))
         return min(
-            several or firsts,
+            several if leader in several else firsts,
             key=lambda trial: (statistics.mean(losses[trial.number]), trial.number),
         )
 
@@ -193,6 +198,7 @@ def read_trial(paths: TrialPaths) -> TrialRecord:
         retry_of=config.get("retry_of"),
         seed_of=config.get("seed_of"),
         wandb_id=config.get("wandb_id"),
+        continues=config.get("continues"),
     )
 
 

@@ -33,6 +33,8 @@ def stop_trial(paths: SweepPaths, number: int) -> None:
     trial = _trial(paths, number)
     if trial.result:
         raise SweepError(f"{trial.paths.root}: the trial is {trial.state} already")
+    if read_json(trial.paths.config).get("engine") == "trl":
+        raise SweepError(f"{trial.paths.root}: a trial of --engine trl cannot be stopped")
     _write(paths, STOP_TRIAL, number=number)
 
 
@@ -115,9 +117,9 @@ def _checked_params(definition: SweepDefinition, params: Mapping[str, Any]) -> d
             raise ConfigError(f"{where}.{name} is missing")
     config = definition.trial_config({name: _read(params[name]) for name in varied})
     checked = {name: getattr(config, name) for name in varied}
-    for name, value in checked.items():
-        _check_in_space(value, varied[name], f"{where}.{name}")
-    return checked
+    return {
+        name: _in_space(value, varied[name], f"{where}.{name}") for name, value in checked.items()
+    }
 
 
 def _read(value: Any) -> Any:
@@ -129,15 +131,19 @@ def _read(value: Any) -> Any:
     return value
 
 
-def _check_in_space(value: Any, spec: Mapping[str, Any], where: str) -> None:
+def _in_space(value: Any, spec: Mapping[str, Any], where: str) -> Any:
+    """The value as the definition's distribution has it."""
     if "values" in spec:
         if value not in spec["values"]:
             shown = ", ".join(map(str, spec["values"]))
             raise ConfigError(f"{where} is {value}, but must be one of {shown}")
-        return
+        return value
     number, low, high = as_number(value, where), spec["min"], spec["max"]
     if not low <= number <= high:
         raise ConfigError(f"{where} is {value}, but must be from {low} to {high}")
-    steps = (number - low) / spec["q"] if "q" in spec else 0
+    if "q" not in spec:
+        return value
+    steps = (number - low) / spec["q"]
     if not math.isclose(steps, round(steps), abs_tol=1e-9):
         raise ConfigError(f"{where} is {value}, but must be {low} plus steps of {spec['q']}")
+    return low + round(steps) * spec["q"]  # to the last bit: a grid looks its points up

@@ -7,7 +7,7 @@ means over seeds decide, and the interval says how much they are worth.
 from sweeps.ledger import read_sweep
 from sweeps.ties import tied_with_best
 from sweeps.trial_queue import TrialQueue
-from sweeps.waiting import SEED_ATTR, SEED_OF_ATTR, further_seed
+from sweeps.waiting import SEED_ATTR, SEED_OF_ATTR, further_seed, seeds_of
 
 _LEADERS_ATTR = "final_round"
 """Of the study: numbers of the trials in the final round, so that a later start goes on with the same."""
@@ -23,6 +23,11 @@ def queue_final_round(queue: TrialQueue, num_seeds: int) -> int:
     Returns:
         How many trials are to be trained now, unfinished ones of an earlier start among them.
     """
+    with queue.alone():
+        return _queue_final_round(queue, num_seeds)
+
+
+def _queue_final_round(queue: TrialQueue, num_seeds: int) -> int:
     record = read_sweep(queue.paths.root)
     if not any(trial.loss is not None for trial in record.finished):
         return 0
@@ -43,8 +48,9 @@ def queue_final_round(queue: TrialQueue, num_seeds: int) -> int:
     num_queued = 0
     for number in numbers:
         own = record.trial(number).config.seed
-        further = [t for t in trials if t.user_attrs.get(SEED_OF_ATTR) == number]
-        fresh = [t for t in further if t.user_attrs[SEED_ATTR] >= own + queue.num_seeds]
+        fresh = [
+            t for t in seeds_of(trials, number) if t.user_attrs[SEED_ATTR] >= own + queue.num_seeds
+        ]
         for index in range(len(fresh), num_seeds):
             seed = own + queue.num_seeds + index
             queue.study.add_trial(further_seed(trials[number], seed))

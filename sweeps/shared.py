@@ -26,6 +26,8 @@ from training.paths import SweepPaths
 HEARTBEAT_S = 20
 GRACE_S = 120
 """Without a heartbeat for so long, a trial's process counts as gone."""
+ORPHANS_END_S = 30.0
+"""Workers whose runner was killed have so long to save their trials, before those go on elsewhere."""
 LOOK_S = 5.0
 """Between two looks at what became of other runners' trials."""
 _OWNER_ATTR = "owner"
@@ -45,6 +47,8 @@ class SharedStudy:
         self._held: dict[int, int] = {}
         """Number -> Optuna's id of the trials of this process."""
         self._seen_s = -LOOK_S
+        self._dead_since_s: dict[int, float] = {}
+        """Number -> when its process, on this machine, was first seen to have ended."""
         self._ended = threading.Event()
 
     @contextmanager
@@ -99,17 +103,15 @@ class SharedStudy:
         """Trials in flight whose process is gone; the caller holds `lock`."""
         running = self.study.get_trials(deepcopy=False, states=[TrialState.RUNNING])
         stale = set(self.study._storage._get_stale_trial_ids(self.study._study_id))  # pyright: ignore[reportAttributeAccessIssue]
-        return [
-            trial
-            for trial in running
-            if trial.number not in self._held
-            and (trial._trial_id in stale or _is_gone(trial.user_attrs.get(_OWNER_ATTR), trial))
-        ]
+        others = [trial for trial in running if trial.number not in self._held]
+        return [trial for trial in others if trial._trial_id in stale or self._is_gone(trial)]
 
-    def give_up(self, number: int) -> None:
-        """Tells the trial as failed: another one continues it."""
-        self.release(number)
-        self.study.tell(number, state=TrialState.FAIL, skip_if_finished=True)
+    def _is_gone(self, trial: FrozenTrial) -> bool:
+        """Whether its process is known to have ended, and its workers have had time to save and end, too."""
+        if not _has_no_process(trial.user_attrs.get(_OWNER_ATTR), trial):
+            return False
+        since_s = self._dead_since_s.setdefault(trial.number, time.monotonic())
+        return time.monotonic() - since_s >= ORPHANS_END_S
 
     def _beat(self) -> None:
         while not self._ended.wait(HEARTBEAT_S):
@@ -140,7 +142,7 @@ def _machine() -> str:
     return "unknown"
 
 
-def _is_gone(owner: str | None, trial: FrozenTrial) -> bool:
+def _has_no_process(owner: str | None, trial: FrozenTrial) -> bool:
     """Whether the trial's process is known to have ended, without waiting for its heartbeats."""
     if owner is None:  # asked for, and then killed before it could say so
         started = trial.datetime_start

@@ -37,9 +37,12 @@ from sweeps.waiting import (
     SEED_ATTR,
     SEED_OF_ATTR,
     continuation,
+    continued,
     further_seed,
     is_combination,
+    is_further_seed,
     retry,
+    seeds_of,
 )
 from training.config import TrialConfig
 from training.exceptions import LoraloomError, SweepError
@@ -110,11 +113,12 @@ class TrialQueue(Trials):
         self.sharing = Sharing.of(self.paths)
         self.pruning = Pruning(self.study, self.paths)
         self.leaders = Leaders(self.paths)
-        self.asked = AskedFor(self.study, self.paths)
-        self.wandb_id = self.study.user_attrs.get("wandb_id")
-        if self.wandb_id is None:  # a trial keeps its W&B run over all starts of its sweep
-            self.wandb_id = new_run_id()
-            self.study.set_user_attr("wandb_id", self.wandb_id)
+        self.asked = AskedFor(self.study, self.paths, self.alone())
+        with self.alone():
+            self.wandb_id = self.study.user_attrs.get("wandb_id")
+            if self.wandb_id is None:  # a trial keeps its W&B run over all starts of its sweep
+                self.wandb_id = new_run_id()
+                self.study.set_user_attr("wandb_id", self.wandb_id)
         planned = [self.definition.trial_config(point) for point in self.planned or []]
         self.planned_steps = planned_steps(self.space, planned, self.shares_stages)
         sampler = self.study.sampler
@@ -122,7 +126,7 @@ class TrialQueue(Trials):
 
     def resume(self) -> None:
         """Settles what an earlier start has left, and queues its failed trials again."""
-        with self._alone():
+        with self.alone():
             self._resume()
 
     def _resume(self) -> None:
@@ -154,7 +158,7 @@ class TrialQueue(Trials):
 
     def next_job(self) -> Job | None:
         """The next trial to train; None where there is none before one that is running has ended."""
-        with self._alone():
+        with self.alone():
             self._look_outside()
             return self._next_job()
 
@@ -179,7 +183,7 @@ class TrialQueue(Trials):
         # Stages that it has passed and not stored are worth no waiting.
         self.sharing.passed(job.number, step)
         self.has_nothing = False
-        if not step or _is_further_seed(job) or self._is_taken(job):
+        if not step or is_further_seed(job.info) or self._is_taken(job):
             return None
         metrics = read_metrics(job.paths.metrics)
         return self.pruning.forked(self._trial(job.number), job.config, metrics)
@@ -191,7 +195,7 @@ class TrialQueue(Trials):
             return STOPPED_BY_REQUEST
         if self._is_taken(job):
             return "other processes have given it up"
-        if _is_further_seed(job):
+        if is_further_seed(job.info):
             return None  # it is there to measure spread
         return self.pruning.decide(self._trial(job.number), job.config, step, loss)
 
@@ -203,7 +207,7 @@ class TrialQueue(Trials):
         self.has_nothing = False
 
     def done(self, job: Job, outcome: Outcome) -> None:
-        with self._alone():
+        with self.alone():
             if self._is_taken(job):
                 self._left(job.number)
                 self.console.print(
@@ -220,7 +224,7 @@ class TrialQueue(Trials):
             self.asked.take(again=True)
         if isinstance(outcome, Exception):
             self._tell(number, {"state": "failed"})
-            if _is_further_seed(job):
+            if is_further_seed(job.info):
                 self._settle(number)  # the others have waited for it
             if isinstance(outcome, LoraloomError):
                 raise outcome  # wrong data, model or settings: the next trial would meet it, too
@@ -257,7 +261,7 @@ class TrialQueue(Trials):
         """Whether nothing is in flight; with no job to be had either, the sweep has ended."""
         return not self.running and not (self.shared and self.shared.others_train())
 
-    def _alone(self) -> contextlib.AbstractContextManager[Any]:
+    def alone(self) -> contextlib.AbstractContextManager[Any]:
         """While it lasts no other runner of a shared study decides anything."""
         return self.shared.lock if self.shared else contextlib.nullcontext()
 
@@ -282,16 +286,22 @@ class TrialQueue(Trials):
         """Lets other runners of a shared study go on with what this one has not ended."""
         if not self.shared:
             return
-        with self._alone():
+        with self.alone():
             for number in self.shared.held:
-                self._continue_elsewhere(self.study.get_trials(deepcopy=False)[number])
+                if self.paths.trial(number).result.is_file():  # it had ended, but nobody was told
+                    self.shared.release(number)
+                    self._settle(number)
+                else:
+                    self._continue_elsewhere(self.study.get_trials(deepcopy=False)[number])
 
     def _continue_elsewhere(self, trial: FrozenTrial) -> None:
         assert self.shared is not None
         trials = self.study.get_trials(deepcopy=False)
         if not any(other.user_attrs.get(CONTINUES_ATTR) == trial.number for other in trials):
-            self.study.add_trial(continuation(trial))  # before the next line: it must not get lost
-        self.shared.give_up(trial.number)
+            self.study.add_trial(continuation(trial))  # before the next lines: it must not get lost
+        self.shared.release(trial.number)
+        if self.shared.keeps(trial.number):
+            self._tell(trial.number, {"state": "failed"})
 
     # Asking
 
@@ -386,6 +396,7 @@ class TrialQueue(Trials):
             "name": attrs.get(NAME_ATTR) or params_text(params),
             "params": params,
             "retry_of": attrs.get(RETRY_ATTR),
+            "continues": attrs.get(CONTINUES_ATTR),
             "seed_of": attrs.get(SEED_OF_ATTR),
             "sweep": self.definition.name,
             "wandb_id": f"{self.wandb_id}-{attrs.get(ORIGIN_ATTR, trial.number)}",
@@ -400,7 +411,8 @@ class TrialQueue(Trials):
             info["name"] += f" seed={config.seed}"
         shares, paths = self.shares_stages, self.paths.trial(trial.number)
         if CONTINUES_ATTR in attrs:
-            continue_files(self.paths.trial(attrs[CONTINUES_ATTR]), paths)
+            chain = continued(self.study.get_trials(deepcopy=False), trial.number)
+            continue_files([self.paths.trial(number) for number in chain], paths)
         return Job(
             config=config,
             paths=paths,
@@ -470,7 +482,7 @@ class TrialQueue(Trials):
         """The trial, or the one whose further seed it is, and all of that one's further seeds."""
         trials = self.study.get_trials(deepcopy=False)
         first = trials[number].user_attrs.get(SEED_OF_ATTR, number)
-        return [trials[first]] + [t for t in trials if t.user_attrs.get(SEED_OF_ATTR) == first]
+        return [trials[first], *seeds_of(trials, first)]
 
     def _config(self, trial: FrozenTrial) -> TrialConfig:
         return self.definition.trial_config({name: trial.params[name] for name in self.space})
@@ -585,8 +597,3 @@ class TrialQueue(Trials):
 
 def _key(settings: dict[str, Any]) -> str:
     return json.dumps(settings, sort_keys=True)
-
-
-def _is_further_seed(job: Job) -> bool:
-    assert job.info is not None
-    return job.info["seed_of"] is not None

@@ -5,7 +5,7 @@ sampler, and in its user attributes what it is there for.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import optuna
@@ -50,6 +50,15 @@ def continuation(trial: FrozenTrial) -> FrozenTrial:
     return _waiting_copy(trial, _params(trial), {**_identity(trial), **attrs})
 
 
+def continued(trials: Sequence[FrozenTrial], number: int) -> list[int]:
+    """Numbers of the trials that this one goes on with: the last one first."""
+    chain = []
+    while (before := trials[number].user_attrs.get(CONTINUES_ATTR)) is not None:
+        chain.append(before)
+        number = before
+    return chain
+
+
 def asked_setting(study: optuna.Study, params: Mapping[str, Any], request: str) -> FrozenTrial:
     """A waiting trial with these values of the varied settings; on a grid it is that grid's point."""
     fixed = {
@@ -61,6 +70,21 @@ def asked_setting(study: optuna.Study, params: Mapping[str, Any], request: str) 
         system_attrs={**_grid_point(study, fixed), "fixed_params": fixed},
         user_attrs={REQUEST_ATTR: request},
     )
+
+
+def seeds_of(trials: Sequence[FrozenTrial], number: int) -> list[FrozenTrial]:
+    """Further seeds of a trial, without those that another one continues."""
+    continued = {trial.user_attrs.get(CONTINUES_ATTR) for trial in trials}
+    return [
+        trial
+        for trial in trials
+        if trial.user_attrs.get(SEED_OF_ATTR) == number and trial.number not in continued
+    ]
+
+
+def is_further_seed(info: Mapping[str, Any] | None) -> bool:
+    """Whether a job is there to measure the spread between seeds; `info` is its own."""
+    return (info or {}).get("seed_of") is not None
 
 
 def is_combination(trial: FrozenTrial) -> bool:

@@ -115,6 +115,8 @@ class _Handler(BaseHTTPRequestHandler):
         files = {".gitattributes": b"*.gguf filter=lfs\n"}
         is_private = asked.get("visibility") == "private"
         sdk = asked.get("sdk")
+        if sdk:  # by its front matter the hub knows what a Space runs
+            files["README.md"] = f"---\nsdk: {sdk}\n---\n".encode()
         self.hub.repos[name] = {"private": is_private, "sdk": sdk, "files": files, "commits": []}
         self._answer(200, {"url": f"{self.hub.url}/{name.removeprefix('models/')}"})
 
