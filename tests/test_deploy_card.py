@@ -119,3 +119,10 @@ def _go(template: str, system: str, prompt: str, response: str) -> str:
     for name, value in (("System", system), ("Prompt", prompt), ("Response", response)):
         template = template.replace("{{ ." + name + " }}", value)
     return template
+
+
+def test_a_template_that_says_what_day_it_is_goes_into_no_modelfile() -> None:
+    class Tokenizer:
+        chat_template = "{{ strftime_now('%d %b %Y') }}{{ messages[0]['content'] }}"
+
+    assert ollama_template(Tokenizer()) is None

@@ -122,6 +122,8 @@ def test_no_path_of_this_machine_is_published(
 
     push(version.root, "tiny", "--space")
 
+    card = hub.files(REPO)["README.md"].decode()
+    assert "merged/" not in card and "`adapter/` loads with PEFT." in card  # as what is there
     for repo in (REPO, f"spaces/{USER}/tiny"):
         for name, content in hub.files(repo).items():
             assert here.encode() not in content, name

@@ -194,3 +194,40 @@ def test_a_request_that_is_no_json_is_nobodys(tmp_path: Path) -> None:
 
 def test_nobody_runs_a_sweep_that_has_no_lock(tmp_path: Path) -> None:
     assert not is_running(SweepPaths(tmp_path))
+
+
+def test_a_step_of_a_grid_is_that_points_very_value(tmp_path: Path) -> None:
+    steps = {"distribution": "q_uniform", "min": 0.0, "max": 0.3, "q": 0.1}
+    queue = make(tmp_path / "s", {"method": "grid", "parameters": {"lora_dropout": steps}})
+    queue_setting(queue.paths, {"lora_dropout": "0.3"})  # 3 * 0.1 is another number
+    dropouts = [job.config.lora_dropout for job in run_all(queue)]
+    assert dropouts[0] == pytest.approx(0.3)
+    assert sorted(dropouts) == pytest.approx([0.0, 0.1, 0.2, 0.3])
+
+
+def test_a_request_of_a_trial_that_is_gone_stops_nothing(tmp_path: Path) -> None:
+    queue = make(tmp_path / "s")
+    request = {"action": "add_seeds", "numbers": [99], "num_seeds": 1, "time": 0}
+    write_json(queue.paths.requests / "1-aaaaaaaa.json", request)
+    assert len(run_all(queue)) == 2
+    assert pending_requests(queue.paths) == []
+
+
+def test_a_trial_is_not_the_best_one_for_being_asked_more_seeds_of(tmp_path: Path) -> None:
+    queue = make(tmp_path / "s")
+    best, other = begin(queue), begin(queue)
+    end(queue, best, loss=2.0)
+    end(queue, other, loss=3.0)
+    add_seeds(queue.paths, [other.number], 1)
+    further = begin(queue)
+    end(queue, further, loss=2.5)
+    assert read_sweep(queue.paths.root).best().number == best.number
+
+
+def test_what_trl_trains_cannot_be_stopped(tmp_path: Path) -> None:
+    queue = make(tmp_path / "s")
+    job = begin(queue)
+    config = {"settings": job.config.to_dict(), **(job.info or {}), "engine": "trl"}
+    write_json(job.paths.config, config)
+    with pytest.raises(LoraloomError, match="a trial of --engine trl cannot be stopped"):
+        stop_trial(queue.paths, job.number)

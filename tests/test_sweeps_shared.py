@@ -19,8 +19,9 @@ from optuna.trial import TrialState
 
 from benchmarks.simulation import make_queue
 from sweeps import shared
+from sweeps.asked import STOPPED_BY_REQUEST
 from sweeps.ledger import METRIC, read_sweep
-from sweeps.requests import is_running
+from sweeps.requests import is_running, stop_trial
 from sweeps.run import RunOptions, run_sweep
 from sweeps.shared import SharedStudy
 from sweeps.spec import SweepDefinition, read_definition
@@ -66,14 +67,15 @@ def write_sweep(root: Path, settings: dict[str, Any], varied: dict[str, list[Any
     return path
 
 
-def open_queue(definition: SweepDefinition, root: Path, url: str) -> TrialQueue:
+def open_queue(definition: SweepDefinition, root: Path, url: str, num_seeds: int = 1) -> TrialQueue:
     """As another runner has it."""
     paths = SweepPaths(root)
     paths.root.mkdir(parents=True, exist_ok=True)
     paths.definition.write_text(definition.text)
     study = open_study(definition, paths, url)
     _OPENED.append(study)
-    return make_queue(definition, root, study=study, shared=SharedStudy(study, paths))
+    shared = SharedStudy(study, paths)
+    return make_queue(definition, root, study=study, shared=shared, num_seeds=num_seeds)
 
 
 def begin(queue: TrialQueue) -> Job | None:
@@ -199,6 +201,59 @@ def test_an_ended_runner_leaves_nothing_in_flight(
     queue.give_back()
     taken = begin(other)
     assert taken is not None and taken.config == job.config
+
+
+def test_the_last_point_of_a_grid_goes_on_elsewhere(tmp_path: Path, url: str) -> None:
+    # Optuna's grid ends a study when its last point is told, which only its own loop lets it do.
+    last = read_definition(write_sweep(tmp_path, {}, {"lora_r": [2]}))
+    root = tmp_path / "runs" / "x"
+    queue, other = open_queue(last, root, url), open_queue(last, root, url)
+    assert begin(queue) is not None
+    queue.give_back()
+    taken = begin(other)
+    assert taken is not None
+    end(other, taken)
+    states = [trial.state for trial in other.study.trials]
+    assert states == [TrialState.FAIL, TrialState.COMPLETE]
+
+
+def test_what_has_a_result_is_not_given_back(
+    tmp_path: Path, url: str, grid: SweepDefinition
+) -> None:
+    queue = open_queue(grid, tmp_path / "runs" / "x", url)
+    job = begin(queue)
+    assert job is not None
+    write_json(job.paths.result, {"state": "complete", METRIC: 2.0, "num_steps": 8})
+    queue.give_back()
+    assert [trial.state for trial in queue.study.trials] == [TrialState.COMPLETE]
+
+
+def test_a_further_seed_that_was_lost_holds_nobody_up(tmp_path: Path, url: str) -> None:
+    one = read_definition(write_sweep(tmp_path, {}, {"lora_r": [2]}))
+    root = tmp_path / "runs" / "x"
+    queue, other = (open_queue(one, root, url, num_seeds=2) for _ in range(2))
+    first = begin(queue)
+    assert first is not None
+    end(queue, first)
+    assert begin(queue) is not None  # the second seed, and then its runner is ended
+    queue.give_back()
+    seed = begin(other)
+    assert seed is not None and seed.config.seed == first.config.seed + 1
+    end(other, seed)
+    assert not [t for t in other.study.trials if t.state == TrialState.RUNNING]
+    assert other.is_idle
+
+
+def test_a_stop_goes_with_the_trial(tmp_path: Path, url: str, grid: SweepDefinition) -> None:
+    root = tmp_path / "runs" / "x"
+    queue, other = open_queue(grid, root, url), open_queue(grid, root, url)
+    job = begin(queue)
+    assert job is not None
+    stop_trial(queue.paths, job.number)
+    queue.give_back()
+    taken = begin(other)
+    assert taken is not None
+    assert other.evaluated(taken, 8, 3.0) == STOPPED_BY_REQUEST
 
 
 @pytest.mark.parametrize(
