@@ -183,6 +183,17 @@ def test_a_merged_model_that_is_not_the_adapter_does_not_pass() -> None:
         check_losses({"base": base, "adapter": adapter, "merged": merged, "F16": merged})
 
 
+def test_a_model_that_is_promoted_by_force_need_not_beat_its_base_but_be_whole() -> None:
+    base, worse = _losses([2.0, 2.1, 2.2]), _losses([2.3, 2.4, 2.5])
+    losses = {"base": base, "adapter": worse, "merged": worse, "F16": worse}
+
+    assert check_losses(losses, forced=True)["num_examples"] == 3
+    with pytest.raises(GateError, match="below the base"):
+        check_losses(losses)
+    with pytest.raises(GateError, match="must be within"):
+        check_losses({**losses, "F16": base}, forced=True)
+
+
 def test_a_quantisation_that_loses_what_the_adapter_gained_does_not_pass() -> None:
     base, merged, quantized = (_losses([loss] * 3) for loss in (2.2, 2.0, 2.21))
     losses = {"base": base, "adapter": merged, "merged": merged, "F16": merged}
