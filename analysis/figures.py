@@ -88,6 +88,7 @@ def write_images(
                 "path": str(Path(temporary) / f"{name}.{image_format}"),
                 "opts": {
                     **IMAGE_SIZE,
+                    "format": image_format,
                     "height": max(700, figure.to_dict()["layout"].get("height", 0)),
                 },
             }

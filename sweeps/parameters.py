@@ -44,7 +44,8 @@ def listed_values(distribution: BaseDistribution) -> list[Any]:
         return list(range(distribution.low, distribution.high + 1, distribution.step))
     if isinstance(distribution, FloatDistribution) and distribution.step:
         count = round((distribution.high - distribution.low) / distribution.step) + 1
-        return [distribution.low + index * distribution.step for index in range(count)]
+        steps = (distribution.low + index * distribution.step for index in range(count))
+        return [min(value, distribution.high) for value in steps]  # 3 * 0.1 is more than 0.3
     return []
 
 

@@ -146,4 +146,5 @@ def _in_space(value: Any, spec: Mapping[str, Any], where: str) -> Any:
     steps = (number - low) / spec["q"]
     if not math.isclose(steps, round(steps), abs_tol=1e-9):
         raise ConfigError(f"{where} is {value}, but must be {low} plus steps of {spec['q']}")
-    return low + round(steps) * spec["q"]  # to the last bit: a grid looks its points up
+    # As `listed_values` has it, to the last bit: a grid looks its points up.
+    return min(low + round(steps) * spec["q"], high)

@@ -48,6 +48,7 @@ def paths(tmp_path: Path) -> SweepPaths:
     """Two finished trials, far apart, and one that trains."""
     paths = make_sweep(tmp_path / "runs" / "made")
     paths.definition.write_text(DEFINITION, encoding="utf-8")
+    paths.study.touch()  # sweeps.run's
     for number in range(2):
         loss = 2.2 + number
         make_trial(paths, number, lines=curve(shift=number), loss=loss, state="complete")
@@ -60,6 +61,14 @@ def site(paths: SweepPaths, tmp_path: Path) -> Iterator[Site]:
     with served(paths.root.parent, tmp_path / "output.txt") as site:
         yield site
         assert "Traceback" not in site.text()
+
+
+def test_a_sweep_of_wandb_agents_takes_no_requests(paths: SweepPaths) -> None:
+    paths.study.unlink()
+    client, secret = make_client(paths.root.parent)
+    answer = stop(client, secret, OURS)
+    assert "nobody would take the request" in answer.text
+    assert pending_requests(paths) == []
 
 
 def stop(client: Any, secret: str, headers: dict[str, str]) -> Any:
@@ -144,7 +153,7 @@ def test_a_trial_is_stopped_after_a_question(site: Site, page: Any, paths: Sweep
     page.get_by_role("button", name="Stop this trial").click()
     dialog.get_by_role("button", name="Stop this trial").click()
     page.wait_for_selector("#outcome >> text=Asked trial 2 to stop")
-    page.wait_for_selector("#trial-waiting >> text=python -m sweeps.run")
+    page.wait_for_selector("#trial-waiting >> text=the command that began it goes on")
     page.wait_for_selector("#trial-waiting >> text=stop trial 2")
     [request] = pending_requests(paths)
     assert (request["action"], request["number"]) == ("stop_trial", 2)

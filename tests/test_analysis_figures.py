@@ -124,8 +124,8 @@ def test_pngs_are_drawn_by_one_browser(sweep, tmp_path):
 def test_svgs_are_drawn_where_they_are_asked_for(sweep, tmp_path):
     figures = figures_of(sweep.root)
     one = {name: figures[name] for name in list(figures)[:1]}
-    assert write_images(one, tmp_path, "svg") is None
-    (path,) = tmp_path.iterdir()
+    assert write_images(one, tmp_path / "drawn", "svg") is None
+    (path,) = (tmp_path / "drawn").iterdir()
     assert path.suffix == ".svg" and path.read_text("utf-8").startswith("<svg")
 
 
