@@ -24,7 +24,7 @@ from analysis.slice_figures import slice_figures
 from analysis.stats import Effect, Interval, improvement
 from training.paths import write_atomic
 
-IMAGE_SIZE = {"format": "png", "width": 1200, "scale": 2}
+IMAGE_SIZE = {"width": 1200, "scale": 2}
 NO_CHROME = (
     "no PNGs: drawing them needs a Chrome; install Debian's chromium or run `plotly_get_chrome`, "
     "then repeat the command (report.html has the same pictures)"
