@@ -315,9 +315,10 @@ def _caveats(results: Results, table: LossTable | None) -> list[str]:
         return caveats
     seeds = {trial.record.settings.get(SEED) for trial in results.scored if trial.record}
     caveats.append(
-        "Intervals are over held-out examples (paired bootstrap, 95 %). In the findings, one that is "
-        "the most extreme of several is so wide that all of them hold together (Bonferroni); in table "
-        "and figure each stands for itself."
+        "Intervals are over held-out examples (95 %), those of differences by paired bootstrap. In the "
+        "findings, one that is the most extreme of several is so wide that all of them hold together "
+        "(Bonferroni); in table and figure each stands for itself. Bars in the slices are of each "
+        "trial's own loss: trials whose bars overlap may well differ."
     )
     of_seeds = (
         f"Every trial has the same seed ({seeds.pop()})"
