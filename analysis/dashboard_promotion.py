@@ -61,7 +61,7 @@ class Promotions:
                 "--trial",
                 str(number),
             ]
-            with open(log_path(paths), "wb") as log:
+            with open(paths.promotion_log, "wb") as log:
                 process = subprocess.Popen(
                     command,
                     cwd=Path(__file__).parents[1],
@@ -74,7 +74,7 @@ class Promotions:
 
     def state(self, paths: SweepPaths) -> PromotionState | None:
         """The last promotion; None if there has been none."""
-        log = file_end(log_path(paths), _LOG_BYTES)
+        log = file_end(paths.promotion_log, _LOG_BYTES)
         number, process = self._processes.get(paths.root, (None, None))
         if process is not None:
             status = process.poll()
@@ -94,11 +94,6 @@ class Promotions:
     def _is_ours_alive(self, paths: SweepPaths) -> bool:
         _, process = self._processes.get(paths.root, (0, None))
         return process is not None and process.poll() is None
-
-
-def log_path(paths: SweepPaths) -> Path:
-    """What the last promotion begun from the dashboard printed."""
-    return paths.promoted / "promote.log"
 
 
 def _current(paths: SweepPaths) -> str:

@@ -30,7 +30,6 @@ TEXT_SUFFIXES = (".md", ".json")
 """Files in which paths of this machine may stand; a tokenizer's hold none and are large."""
 SPACE_SOURCE = Path(__file__).parent / "space"
 SPACE_TEXTS = ("app.py", "requirements.txt")
-ADAPTER_GGUF = "adapter.gguf"
 MERGED_ROW = re.compile(r"\| merged/ ")
 """Of the card's table of files; what a repo does not hold its card does not promise."""
 
@@ -121,7 +120,8 @@ def space_files(version: Version, repo_id: str, licence: str) -> list[PublishedF
 
 def chat_files(manifest: dict[str, Any]) -> dict[str, str]:
     """The GGUF that a Space chats with, and the adapter by which it gets the base back, if any."""
-    adapter = ADAPTER_GGUF if ADAPTER_GGUF in manifest["files"] else ""
+    name = PromotionPaths(Path()).adapter_gguf.name
+    adapter = name if name in manifest["files"] else ""
     return {"model_file": next(iter(manifest["ggufs"].values())), "adapter_file": adapter}
 
 

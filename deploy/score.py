@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 from datasets import Dataset
 
 from analysis.stats import Interval, difference_interval
@@ -18,6 +17,7 @@ from deploy.merge import load_with_adapter
 from sweeps.ledger import TrialRecord
 from training.data import DataSplits, load_splits
 from training.evaluate import example_losses, mean_loss
+from training.examples import BatchOrder
 from training.exceptions import SweepError
 from training.paths import write_atomic, write_json
 
@@ -105,14 +105,19 @@ def score_on_test(trial: TrialRecord, splits: DataSplits) -> TestScore:
 def trained_on(trial: TrialRecord, train: Dataset, most: int) -> Dataset:
     """Up to `most` examples that the trial was trained on until its best step, spread over that time.
 
-    In the first epoch's order, the Trainer's (`training.examples.BatchOrder`); after it, all were seen.
+    In the first epoch's order; after it, all were seen.
     """
-    config, generator = trial.config, torch.Generator().manual_seed(trial.config.seed)
-    order = torch.randperm(len(train), generator=generator)
-    step_size = config.per_device_train_batch_size * config.gradient_accumulation_steps
-    num_seen = min(len(train), trial.result["best_step"] * step_size)
-    places = np.unique(np.linspace(0, num_seen - 1, min(most, num_seen)).astype(int))
-    return train.select(order[places].tolist())
+    config = trial.config
+    order = BatchOrder(
+        len(train),
+        config.per_device_train_batch_size,
+        config.gradient_accumulation_steps,
+        config.seed,
+    )
+    steps = range(min(trial.result["best_step"], order.steps_per_epoch))
+    seen = np.concatenate([batch for step in steps for batch in order.micro_batches(step)])
+    places = np.unique(np.linspace(0, len(seen) - 1, min(most, len(seen))).astype(int))
+    return train.select(seen[places].tolist())
 
 
 def _score(trial: TrialRecord, test: Dataset, train: Dataset) -> TestScore:

@@ -64,9 +64,8 @@ class AskedFor:
                 try:
                     is_settled = self._is_settled(request)
                 except (OSError, ValueError, LookupError, TypeError):
-                    is_settled = (
-                        True  # of a trial that is gone: it would stop every start from now on
-                    )
+                    # Of a trial that is gone: it would stop every start from now on.
+                    is_settled = True
                 if is_settled:
                     settle_request(self.paths, request)
         return bool(requests)

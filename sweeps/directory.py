@@ -95,7 +95,7 @@ def locked(paths: SweepPaths, *, is_shared: bool = False) -> Iterator[IO[str]]:
         while not _try_lock(file, fcntl.LOCK_SH if is_shared else fcntl.LOCK_EX):
             file.seek(0)
             owner = file.read().strip()
-            if _is_alive(owner) or time.monotonic() > deadline:
+            if is_alive(owner) or time.monotonic() > deadline:
                 raise SweepError(
                     f"{paths.root}: is being run by process {owner or 'unknown'}, but one at a time "
                     "must be"
@@ -137,7 +137,8 @@ def _try_lock(file: IO[str], kind: int = fcntl.LOCK_EX) -> bool:
     return True
 
 
-def _is_alive(owner: str) -> bool:
+def is_alive(owner: str) -> bool:
+    """Whether a process of this machine has that number; not where it is no number."""
     try:
         os.kill(int(owner), 0)
     except (ValueError, ProcessLookupError):

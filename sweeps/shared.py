@@ -18,9 +18,9 @@ from pathlib import Path
 
 import optuna
 from filelock import FileLock
-from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 
+from sweeps.directory import is_alive
 from training.paths import SweepPaths
 
 HEARTBEAT_S = 20
@@ -121,10 +121,7 @@ class SharedStudy:
                     self._record(trial_id)
 
     def _record(self, trial_id: int) -> None:
-        storage = self.study._storage
-        backend = getattr(storage, "_backend", storage)
-        assert isinstance(backend, RDBStorage)
-        backend.record_heartbeat(trial_id)
+        self.study._storage.record_heartbeat(trial_id)  # pyright: ignore[reportAttributeAccessIssue]
 
     def _frozen(self, number: int) -> FrozenTrial:
         return self.study.get_trials(deepcopy=False)[number]
@@ -150,10 +147,4 @@ def _has_no_process(owner: str | None, trial: FrozenTrial) -> bool:
     machine, _, pid = owner.rpartition(" ")
     if machine == "unknown" or machine != _machine():
         return False
-    try:
-        os.kill(int(pid), 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:
-        return False
-    return False
+    return not is_alive(pid)

@@ -16,6 +16,7 @@ import optuna
 import pytest
 import yaml
 from optuna.trial import TrialState
+from test_sweeps_pool import wait_until
 
 from benchmarks.simulation import make_queue
 from sweeps import shared
@@ -342,10 +343,3 @@ def start(config: Path, root: Path, url: str) -> subprocess.Popen[str]:
         start_new_session=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
-
-
-def wait_until(condition: Any, timeout_s: float = 120) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come to that"
-        time.sleep(0.1)

@@ -209,6 +209,11 @@ class SweepPaths:
         return self.promoted / ".lock"
 
     @property
+    def promotion_log(self) -> Path:
+        """What the last promotion begun from the dashboard printed."""
+        return self.promoted / "promote.log"
+
+    @property
     def promotion_draft(self) -> Path:
         """A version in the making; renamed to its number when it is whole."""
         return self.promoted / ".draft"
