@@ -25,6 +25,8 @@ from training.model import resolve_model
 from training.paths import read_json, write_atomic
 
 LOG_LINES = 30
+PHI3 = "phi3"
+"""`model_type` of Phi-3, 3.5 and 4."""
 
 
 def export_gguf(model_dir: Path, outfile: Path, name: str) -> None:
@@ -35,7 +37,7 @@ def export_gguf(model_dir: Path, outfile: Path, name: str) -> None:
     """
     with tempfile.TemporaryDirectory(prefix="loraloom-gguf-") as folder:
         source = complete_model_dir(model_dir, Path(folder))
-        arguments = [str(source), "--outtype", "f16", "--model-name", name]
+        arguments = [str(source), "--outtype", "f16", "--model-name", gguf_name(model_dir, name)]
         write_atomic(
             outfile, lambda path: run_converter(CONVERT_MODEL, arguments, path, of=model_dir)
         )
@@ -70,12 +72,26 @@ def known_architectures() -> set[str]:
     raise ModelError(f"{table} has no table TEXT_MODEL_MAP; `make setup` puts the file there")
 
 
+def gguf_name(model_dir: Path, name: str) -> str:
+    """The name that stands in the file: of a Phi-3 model it must say so.
+
+    The file cannot say that special tokens swallow the white space after them; llama.cpp takes it from a
+    name with "phi-3" in it.
+    """
+    is_phi3 = read_json(model_dir / "config.json").get("model_type") == PHI3
+    known = any(word in name.lower() for word in ("phi-3", PHI3))
+    return (
+        f"{name} (Phi-3)" if is_phi3 and not known and _is_from_sentencepiece(model_dir) else name
+    )
+
+
 def complete_model_dir(model_dir: Path, folder: Path) -> Path:
     """`folder`/NAME with links to the model's files, and what the converter misses among them.
 
     Those are `added_tokens_decoder` in tokenizer_config.json, by which it tells special tokens from text,
     and tokenizer.model of a SentencePiece tokenizer: without it the Gemma and Phi-3 families do not
-    convert, and those of Llama 2 and Mistral get tokens without scores, so other token ids.
+    convert, and those of Llama 2 and Mistral get tokens without scores, so other token ids. Phi-4 is a
+    Phi-3 of a byte-level tokenizer, which the converter takes from the name of its class.
     """
     source = folder / model_dir.resolve().name  # the converter reads names out of the directory's
     source.mkdir()
@@ -91,6 +107,8 @@ def complete_model_dir(model_dir: Path, folder: Path) -> Path:
         if not (source / "tokenizer.model").exists():
             write_sentencepiece(tokenizer, source / "tokenizer.model")
         settings["add_prefix_space"] = _adds_prefix_space(tokenizer)
+    elif read_json(source / "config.json").get("model_type") == PHI3:
+        settings["tokenizer_class"] = "GPT2Tokenizer"
     config_file.unlink(missing_ok=True)
     config_file.write_text(json.dumps(settings), "utf-8")
     return source
@@ -120,6 +138,11 @@ def run_converter(script: str, arguments: Sequence[str], outfile: Path, of: Path
         raise ModelError(
             f"{of}: llama.cpp's converter failed with status {done.returncode}: {log[-1]}"
         )
+
+
+def _is_from_sentencepiece(model_dir: Path) -> bool:
+    path = model_dir / "tokenizer.json"
+    return path.is_file() and is_sentencepiece(read_json(path))
 
 
 def _added_tokens(tokenizer: dict[str, Any]) -> dict[str, dict[str, Any]]:

@@ -5,6 +5,7 @@ llama.cpp; `check_losses` puts base, adapter, merged and every GGUF side by side
 the first thing that differs, so that what promotion writes has passed all of it.
 """
 
+import unicodedata
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -104,9 +105,15 @@ def verify_gguf(
 
 
 def check_tokens(gguf: GgufModel, tokenizer: Any, texts: Sequence[str]) -> dict[str, Any]:
-    """Every text becomes the same token ids in llama.cpp and in Transformers, as it would in a chat."""
-    start = _start(tokenizer)
+    """Every text becomes the same token ids in llama.cpp and in Transformers, as it would in a chat.
+
+    llama.cpp has no Unicode normalisation. Where the tokenizer composes letters first (NFC: Qwen), texts
+    are compared composed, as they are typed and stored nearly always.
+    """
+    start, is_nfc = _start(tokenizer), _composes(tokenizer)
     for text in texts:
+        if is_nfc:
+            text = unicodedata.normalize("NFC", text)
         expected = tokenizer(start + text, add_special_tokens=False)["input_ids"]
         found = gguf.tokenize(start + text, add_special=False)
         if found != expected:
@@ -122,7 +129,17 @@ def check_tokens(gguf: GgufModel, tokenizer: Any, texts: Sequence[str]) -> dict[
                 f"{gguf.path.name}: the tokenizer differs from Transformers' on {text[:40]!r}: "
                 f"token {at} is {found[at : at + 3]}, but must be {expected[at : at + 3]}"
             )
-    return {"num_texts": len(texts), "num_different": 0, "after_bos": bool(start)}
+    return {
+        "num_texts": len(texts),
+        "num_different": 0,
+        "after_bos": bool(start),
+        "composed": is_nfc,
+    }
+
+
+def _composes(tokenizer: Any) -> bool:
+    normalizer = tokenizer.backend_tokenizer.normalizer
+    return normalizer is not None and normalizer.normalize_str("e\u0301") == "\u00e9"
 
 
 def _start(tokenizer: Any) -> str:

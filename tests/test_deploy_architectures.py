@@ -1,10 +1,12 @@
 """Every named family through the real converter and the real llama.cpp: tokens, chat, logits, rope, heads.
 
-Models are random and tiny. Byte-level families have SmolLM2's tokenizer; SentencePiece families one that
-is trained here, saved as Transformers 5 saves it: without tokenizer.model.
+Models are random and tiny. Their tokenizers are SmolLM2's, or a SentencePiece one that is trained here and
+saved as Transformers 5 saves it, without tokenizer.model, or the real ones of Llama 2, Llama 3, Phi-3 and
+Qwen 2, whose vocabularies and templates llama.cpp's sources carry for its own tests.
 """
 
 import json
+import tarfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,19 +17,22 @@ import pytest
 import sentencepiece
 import torch
 import transformers
+from tokenizers import normalizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from deploy.export_gguf import (
     check_architecture,
     complete_model_dir,
     export_gguf,
+    gguf_name,
     known_architectures,
 )
 from deploy.gguf_model import GgufModel, open_gguf
+from deploy.llama_cpp_source import download_sdist, runtime_version
 from deploy.modelfile import ollama_template
 from deploy.verify import STRINGS, check_template, check_tokens
 from training.config import TrialConfig
-from training.exceptions import ModelError
+from training.exceptions import GateError, ModelError
 from training.model import load_tokenizer
 
 LENGTH = 700
@@ -68,8 +73,11 @@ class Family:
     config: str
     settings: dict[str, Any] = field(default_factory=dict)
     sentencepiece: str = ""
-    """The tokenizer's class in Transformers; empty for SmolLM2's."""
+    """Class in Transformers of a tokenizer that is trained here."""
+    vocab: str = ""
+    """A vocabulary among llama.cpp's sources; without one or the other it is SmolLM2's."""
     template: str = ""
+    """A chat template, or the name of one among llama.cpp's sources."""
     tokens: tuple[str, ...] = ()
     """Special tokens beyond BOS and EOS."""
     takes_system: bool = True
@@ -83,25 +91,47 @@ FAMILIES = {
         "SmolLM3Config",
         {"num_hidden_layers": 4, "no_rope_layers": [1, 1, 1, 0], "no_rope_layer_interval": 4},
     ),
-    # No Qwen 2: Transformers gives its tokenizers a regex of their own, and the converter knows that one
-    # with Qwen's vocabulary only.
-    "qwen3": Family("Qwen3Config", {"head_dim": 32}),
-    "llama-2": Family("LlamaConfig", {}, "LlamaTokenizer", PLAIN),
-    "mistral": Family("MistralConfig", {"sliding_window": None}, "LlamaTokenizer", PLAIN),
+    "llama-3.2": Family(
+        "LlamaConfig",
+        {"rope_parameters": LLAMA3_ROPE, "tie_word_embeddings": True},
+        vocab="llama-bpe",
+        template="meta-llama-Llama-3.2-3B-Instruct.jinja",
+    ),
+    "qwen2": Family("Qwen2Config", vocab="qwen2", template="Qwen-Qwen2.5-7B-Instruct.jinja"),
+    "qwen3": Family(
+        "Qwen3Config", {"head_dim": 32}, vocab="qwen2", template="Qwen-Qwen3-0.6B.jinja"
+    ),
+    "phi-3": Family(
+        "Phi3Config",
+        {"sliding_window": None},
+        vocab="phi-3",
+        template="microsoft-Phi-3.5-mini-instruct.jinja",
+        tokens=PHI_TOKENS,
+    ),
+    "phi-2": Family(
+        "PhiConfig",
+        {"num_key_value_heads": 4, "intermediate_size": 512},
+        vocab="gpt-2",
+        template=PHI,
+    ),
+    # Phi-4 is a Phi-3 with a byte-level tokenizer; Qwen's stands for it.
+    "phi-4": Family("Phi3Config", {"sliding_window": None}, vocab="qwen2", template=PHI),
+    "llama-2": Family("LlamaConfig", {}, vocab="llama-spm", template=PLAIN),
+    "mistral": Family("MistralConfig", {"sliding_window": None}, "LlamaTokenizer", template=PLAIN),
     "gemma-2": Family(
         "Gemma2Config",
         {"head_dim": 32, "sliding_window": 64, "query_pre_attn_scalar": 32},
         "GemmaTokenizer",
-        GEMMA,
-        ("<start_of_turn>", "<end_of_turn>"),
+        template=GEMMA,
+        tokens=("<start_of_turn>", "<end_of_turn>"),
         takes_system=False,
     ),
     "gemma-3": Family(
         "Gemma3TextConfig",
         {"head_dim": 32, "sliding_window": 64, "query_pre_attn_scalar": 32},
         "GemmaTokenizer",
-        GEMMA,
-        ("<start_of_turn>", "<end_of_turn>"),
+        template=GEMMA,
+        tokens=("<start_of_turn>", "<end_of_turn>"),
         takes_system=False,
     ),
 }
@@ -109,14 +139,37 @@ FAST = ("llama-3", "gemma-2")
 
 
 @pytest.fixture(scope="module")
-def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Path]]:
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Path]:
+    """llama.cpp's directory `models`, unpacked at the first call."""
+    folder = tmp_path_factory.mktemp("sources")
+    wanted = {family.vocab for family in FAMILIES.values() if family.vocab}
+    files = {f"ggml-vocab-{name}.gguf" for name in wanted}
+    files |= {family.template for family in FAMILIES.values() if ".jinja" in family.template}
+
+    def unpack() -> Path:
+        if not any(folder.iterdir()):
+            with tarfile.open(download_sdist(runtime_version())) as archive:
+                for member in archive:
+                    content = archive.extractfile(member)
+                    name = Path(member.name).name
+                    if name in files and content is not None:
+                        (folder / name).write_bytes(content.read())
+        return folder
+
+    return unpack
+
+
+@pytest.fixture(scope="module")
+def build(
+    tmp_path_factory: pytest.TempPathFactory, sources: Callable[[], Path]
+) -> Callable[[str], tuple[Path, Path]]:
     """Directory and GGUF of a family, made once."""
     made: dict[str, tuple[Path, Path]] = {}
 
     def of(name: str) -> tuple[Path, Path]:
         if name not in made:
             root = tmp_path_factory.mktemp(name)
-            directory = _save(FAMILIES[name], root)
+            directory = _save(FAMILIES[name], root, sources)
             export_gguf(directory, root / "model.gguf", "tiny")
             made[name] = directory, root / "model.gguf"
         return made[name]
@@ -140,7 +193,8 @@ def test_llama_cpp_runs_the_family_as_transformers_does(
 
     with open_gguf(path, num_ctx=LENGTH + 8) as gguf:
         record = check_tokens(gguf, tokenizer, STRINGS)
-        assert record["after_bos"] == (family.sentencepiece == "LlamaTokenizer")
+        assert record["after_bos"] == (name in ("llama-2", "mistral"))
+        assert record["composed"] == (family.vocab == "qwen2")
         check_template(gguf, tokenizer)
         assert gguf.eos_token_id == tokenizer.eos_token_id
         for chat in _chats(family):
@@ -185,6 +239,39 @@ def test_a_byte_level_tokenizer_keeps_its_own_splitting(tmp_path: Path) -> None:
     assert seen["pretokenizers"][0]["pattern"] == pieces["pattern"]
 
 
+def test_composed_letters_are_compared_where_the_tokenizer_composes(
+    build: Callable[[str], tuple[Path, Path]],
+) -> None:
+    _, path = build("llama-3")
+    tokenizer = _byte_level()
+    decomposed = "e\u0301"
+
+    with open_gguf(path, num_ctx=64) as gguf:
+        assert not check_tokens(gguf, tokenizer, [decomposed])["composed"]
+        tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
+        assert gguf.tokenize(decomposed, add_special=False) != tokenizer(decomposed)["input_ids"]
+        assert check_tokens(gguf, tokenizer, [decomposed])["composed"]
+        tokenizer.backend_tokenizer.normalizer = normalizers.Sequence(
+            [normalizers.NFC(), normalizers.Lowercase()]
+        )
+        with pytest.raises(GateError, match="the tokenizer differs from Transformers' on 'Éa'"):
+            check_tokens(gguf, tokenizer, ["É" + "a"])
+
+
+def test_the_name_in_the_file_tells_llama_cpp_of_a_phi_3(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "phi3"}')
+    tokenizer = {"model": {"type": "BPE", "byte_fallback": True}}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
+    assert gguf_name(tmp_path, "mine") == "mine (Phi-3)"
+    assert gguf_name(tmp_path, "Phi-3.5-mini-mine") == "Phi-3.5-mini-mine"
+
+    # Phi-4's special tokens swallow nothing.
+    (tmp_path / "tokenizer.json").write_text('{"model": {"type": "BPE"}}')
+    assert gguf_name(tmp_path, "mine") == "mine"
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    assert gguf_name(tmp_path, "mine") == "mine"
+
+
 def test_an_unknown_architecture_is_named_before_the_work(
     tiny_model_dir: Path, tmp_path: Path
 ) -> None:
@@ -207,8 +294,10 @@ def test_the_converter_knows_every_named_family() -> None:
 
 def test_ollama_gets_each_families_turns(tmp_path: Path) -> None:
     gemma = _sentencepiece(FAMILIES["gemma-2"], tmp_path)
-    plain = _sentencepiece(FAMILIES["llama-2"], tmp_path)
-    phi = _sentencepiece(Family("Phi3Config", {}, "LlamaTokenizer", PHI, PHI_TOKENS), tmp_path)
+    plain = _sentencepiece(FAMILIES["mistral"], tmp_path)
+    phi = _sentencepiece(
+        Family("Phi3Config", {}, "LlamaTokenizer", template=PHI, tokens=PHI_TOKENS), tmp_path
+    )
 
     assert ollama_template(phi) == (
         "{{ if .System }}<|system|>\n{{ .System }}<|end|>\n{{ end }}"
@@ -250,9 +339,12 @@ def _divergence(model: Any, gguf: GgufModel, ids: list[int]) -> np.ndarray:
     return (expected_TV.exp() * (expected_TV - found_TV)).sum(-1).numpy()
 
 
-def _save(family: Family, root: Path) -> Path:
+def _save(family: Family, root: Path, sources: Callable[[], Path]) -> Path:
     directory = root / "model"
-    tokenizer = _sentencepiece(family, root) if family.sentencepiece else _byte_level()
+    if family.vocab:
+        tokenizer = _published(family, root, sources())
+    else:
+        tokenizer = _sentencepiece(family, root) if family.sentencepiece else _byte_level()
     torch.manual_seed(0)
     config = getattr(transformers, family.config)(
         **{
@@ -279,6 +371,27 @@ def _save(family: Family, root: Path) -> Path:
 
 def _byte_level() -> Any:
     return load_tokenizer(TrialConfig())
+
+
+def _published(family: Family, root: Path, sources: Path) -> Any:
+    """The tokenizer of a vocabulary as its model is published with."""
+    folder = root / "published"
+    name = f"ggml-vocab-{family.vocab}.gguf"
+    loaded: Any = AutoTokenizer.from_pretrained(sources, gguf_file=name)
+    loaded.save_pretrained(folder)
+    tokenizer = json.loads((folder / "tokenizer.json").read_text("utf-8"))
+    if family.vocab == "llama-bpe":
+        tokenizer["model"]["ignore_merges"] = True
+    if family.vocab == "phi-3":
+        for token in tokenizer["added_tokens"]:
+            token["rstrip"] = token["content"] not in ("<unk>", "<s>", "<|endoftext|>")
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer), "utf-8")
+    transformers.LlamaConfig().save_pretrained(folder)
+    loaded = AutoTokenizer.from_pretrained(folder)
+    template = sources / family.template
+    is_name = family.template.endswith(".jinja")
+    loaded.chat_template = template.read_text("utf-8") if is_name else family.template
+    return loaded
 
 
 def _sentencepiece(family: Family, root: Path) -> Any:
