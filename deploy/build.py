@@ -29,7 +29,6 @@ from deploy.card import (
     write_card,
 )
 from deploy.export_gguf import export_gguf
-from deploy.four_bit import DEQUANTISED
 from deploy.gates import Gates, beats_base
 from deploy.imatrix import Importance, for_gguf, importance
 from deploy.manifest import provenance, write_manifest
@@ -184,8 +183,10 @@ def build_version(plan: Plan, evidence: Evidence, draft: PromotionPaths, times: 
     if plan.adapter_gguf:
         with times.stage("adapter GGUF"):
             export_adapter(draft.adapter, draft.merged, draft.adapter_gguf)
-            own_base = losses[BASE_4BIT if merge.record["base"] == DEQUANTISED else BASE]
-            if device.type != "cpu" and merge.base is None:
+            own_base = losses[BASE]
+            if merge.dequantised_base is not None:
+                own_base = _select(merge.dequantised_base, examples["example_id"])
+            elif device.type != "cpu" and merge.base is None:
                 # What trained on a GPU was scored in bfloat16, whose noise is that of a small gain.
                 own_base = full_precision_losses(config, examples, device)
             verified["adapter_gguf"] = verify_adapter(

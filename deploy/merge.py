@@ -43,6 +43,8 @@ class Merge:
     the adapter was merged onto and, of a trial over a 4-bit one, the losses that chose it."""
     base: pd.DataFrame | None
     """Per-example losses of the full-precision base, of a trial over a 4-bit one."""
+    dequantised_base: pd.DataFrame | None
+    """Those of the dequantised base, if the adapter was merged onto that one."""
 
 
 def merge_adapter(
@@ -78,17 +80,19 @@ def merge_adapter(
     model = _put_on(base, config, adapter)
     sequences = [list(sequence)[:SEQUENCE_TOKENS] for sequence in sequences[:NUM_SEQUENCES]]
     expected = [_log_probabilities(model, sequence) for sequence in sequences]
-    loss_by_base = {}
+    loss_by_base, dequantised_losses = {}, None
     if validation is not None and quantized:
         loss_by_base = choose_base(base, quantized, validation, batch_size)
         if loss_by_base[DEQUANTISED] < loss_by_base[FULL_PRECISION]:
             expected = [_log_probabilities(model, sequence) for sequence in sequences]
+            with model.disable_adapter():
+                dequantised_losses = example_losses(base, test, batch_size)
         else:
             quantized = {}
     del base, model
     bases = {name: functools.partial(dequantized, weight) for name, weight in quantized.items()}
     write_model(plan, target, bases)
-    saved = load_merged(target, device)
+    saved = load_merged(target, device, config.trust_remote_code)
     record = _compare(saved, sequences, expected)
     record["device"] = device.type
     if not config.load_in_4bit:
@@ -104,7 +108,7 @@ def merge_adapter(
             f"{record['max_abs_difference']:.3g} (at most {MAX_LOGIT_DIFFERENCE}), "
             f"KL {record['kl_divergence']:.3g} (at most {MAX_KL})"
         )
-    return Merge(record, base_losses)
+    return Merge(record, base_losses, dequantised_losses)
 
 
 def load_with_adapter(config: TrialConfig, adapter: Path) -> PeftModel:
@@ -126,7 +130,11 @@ def load_merged(
     """A merged model as it was saved, in fp32 and evaluation mode."""
     gc.collect()  # models used before are in reference cycles, and this one needs their room
     return AutoModelForCausalLM.from_pretrained(
-        directory, dtype=torch.float32, device_map={"": device}, use_safetensors=True
+        directory,
+        trust_remote_code=trust_remote_code,
+        dtype=torch.float32,
+        device_map={"": device},
+        use_safetensors=True,
     ).eval()
 
 

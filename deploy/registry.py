@@ -78,11 +78,11 @@ def current_version(paths: SweepPaths) -> PromotionPaths:
     Raises:
         ModelError: nothing was promoted, or the version was removed.
     """
-    if not paths.current_promotion.is_file():
+    number = current_number(paths)
+    if not number:
         raise ModelError(
             f"{paths.root} holds nothing promoted; `python -m deploy.promote {paths.root}` promotes a trial"
         )
-    number = current_number(paths)
     if number not in list_versions(paths):
         there = ", ".join(map(str, list_versions(paths))) or "none"
         raise ModelError(
@@ -197,6 +197,7 @@ def registry_lock(paths: SweepPaths) -> Iterator[None]:
     except Timeout:
         raise SweepError(f"{paths.root}: another promotion is running") from None
     try:
+        _finish_publication(paths)
         yield
     finally:
         lock.release()
@@ -211,9 +212,19 @@ def publish(paths: SweepPaths, draft: PromotionPaths) -> PromotionPaths:
         if path.is_file() and not path.is_symlink():
             path.chmod(path.stat().st_mode & ~0o222)
     sync_directory(draft.root)
+    # Whoever holds the lock next finishes what a kill interrupts from here on.
+    write_text(paths.publication, version.root.name + "\n")
     os.rename(draft.root, version.root)
-    write_text(paths.current_promotion, version.root.name + "\n")
+    _finish_publication(paths)
     return version
+
+
+def _finish_publication(paths: SweepPaths) -> None:
+    """Makes the version that is being published the current one, if it is there."""
+    number = _number_in(paths.publication)
+    if number and paths.promotion(number).root.is_dir():
+        write_text(paths.current_promotion, paths.promotion(number).root.name + "\n")
+    paths.publication.unlink(missing_ok=True)
 
 
 def find_gguf(path: Path) -> Path:
@@ -251,19 +262,24 @@ def _known(paths: SweepPaths, number: int) -> int:
 
 
 def current_number(paths: SweepPaths) -> int:
-    """What `current` says; 0 without one.
+    """What `current` says, or a kill kept it from saying; 0 without a version.
 
     Raises:
         SweepError: it says something else than a number.
     """
+    published = _number_in(paths.publication)
+    if published and paths.promotion(published).root.is_dir():
+        return published
+    return _number_in(paths.current_promotion)
+
+
+def _number_in(path: Path) -> int:
     try:
-        text = paths.current_promotion.read_text("utf-8").strip()
+        text = path.read_text("utf-8").strip()
     except FileNotFoundError:
         return 0
     if not text.isdigit():
-        raise SweepError(
-            f"{paths.current_promotion}: is {text[:20]!r}, but must be a version's number"
-        )
+        raise SweepError(f"{path}: is {text[:20]!r}, but must be a version's number")
     return int(text)
 
 

@@ -210,6 +210,12 @@ def test_a_4_bit_trial_is_merged_onto_the_base_with_the_lower_validation_loss(
         difference = (merged(ids).logits - trained(input_ids=ids).logits).abs().max()
     assert difference < 1e-3
     assert found.base is not None
+    assert (found.dequantised_base is not None) == trained_over_4bit
+    if found.dequantised_base is not None:
+        with trained.disable_adapter():
+            own = example_losses(base, validation, 4)
+        assert mean_loss(found.dequantised_base) == pytest.approx(mean_loss(own), abs=1e-4)
+        assert abs(mean_loss(found.dequantised_base) - mean_loss(found.base)) > 1e-3
 
 
 def _said_by(model: Any) -> Dataset:

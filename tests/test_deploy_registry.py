@@ -112,6 +112,32 @@ def test_a_version_removed_by_hand_is_named_and_its_number_not_given_again(
     assert rollback(sweep).root.name == "0001"
 
 
+KILLED_AFTER_RENAME = """
+import os, sys
+from pathlib import Path
+from deploy.registry import publish
+from training.paths import PromotionPaths, SweepPaths
+rename = os.rename
+os.rename = lambda old, new: (rename(old, new), os.kill(os.getpid(), 9))
+paths = SweepPaths(Path(sys.argv[1]))
+publish(paths, PromotionPaths(paths.promotion_draft))
+"""
+
+
+def test_a_version_published_by_a_promotion_that_was_killed_is_the_current_one(
+    sweep: SweepPaths,
+) -> None:
+    shutil.copytree(sweep.promotion(1).root, sweep.promotion_draft)
+    command = [sys.executable, "-c", KILLED_AFTER_RENAME, str(sweep.root)]
+    assert subprocess.run(command, cwd=ROOT, check=False).returncode == -signal.SIGKILL
+    assert sweep.current_promotion.read_text() == "0002\n"
+
+    assert current_version(sweep).root.name == "0003"
+    assert find_gguf(sweep.root).parent.name == "0003"
+    assert rollback(sweep).root.name == "0002"
+    assert current_version(sweep).root.name == "0002"
+
+
 def test_a_gguf_that_was_cut_off_is_not_run(sweep: SweepPaths) -> None:
     gguf = find_gguf(sweep.root)
     _change(gguf, gguf.read_bytes()[:1000])

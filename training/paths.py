@@ -218,6 +218,11 @@ class SweepPaths:
         """A version in the making; renamed to its number when it is whole."""
         return self.promoted / ".draft"
 
+    @property
+    def publication(self) -> Path:
+        """Text file holding the version that is being published, from its rename until it is current."""
+        return self.promoted / ".publishing"
+
     def promotion(self, number: int) -> PromotionPaths:
         return PromotionPaths(self.promoted / f"{number:04d}")
 
