@@ -3,9 +3,10 @@
     python -m deploy.push runs/NAME USER/REPO --dry_run    # lists what would be sent; needs no network
     python -m deploy.push runs/NAME USER/REPO --space
 
-Every file is checked against the manifest first. Then each large file is a commit of its own and the card
-comes last, so that a push which failed half-way goes on with the same command: what the repo already holds,
-by its hash, is not sent again. Repos are private unless `--public`.
+Every file is checked against the manifest first. The large ones are uploaded one by one, and then a single
+commit shows all: a repo holds the version before or this one, never some of both. A push that failed half-way
+goes on with the same command: what the hub already has, by its hash, is not sent again. Repos are private
+unless `--public`.
 """
 
 import tempfile
@@ -41,7 +42,8 @@ from training.paths import PromotionPaths, read_json
 
 MODEL, SPACE = "model", "space"
 LARGE_FILE_BYTES = 5_000_000
-"""Files above it are committed one by one."""
+"""Files above it are uploaded one by one, and named."""
+COMMIT_MESSAGE = "A version promoted by Loraloom"
 UNTOUCHED = {".gitattributes"}
 """What a repo holds that was created and not written to."""
 
@@ -79,6 +81,8 @@ class Target:
     api: HfApi
     repo_id: str
     repo_type: str
+    head: str | None
+    """The commit that a push builds upon."""
     present: dict[str, str]
     """Git or, for large files, SHA-256 hash by path."""
     is_ours: bool
@@ -122,9 +126,9 @@ def push(promoted: Path, repo_id: str, options: PushOptions) -> None:
     licence = options.license or _licence_of_base(api, version.manifest)
     model = _prepare(api, repo_id, MODEL, version.digest, options)
     space = _prepare(api, repo_id, SPACE, version.digest, options) if options.space else None
-    _send(model, published_files(version, options.merged, licence), options)
+    _send(model, published_files(version, options.merged, licence))
     if space is not None:
-        _send(space, space_files(version, repo_id, licence), options)
+        _send(space, space_files(version, repo_id, licence))
         if not options.public:
             print(
                 "a Space reads a private model only with a token: add one that may read it as the "
@@ -196,7 +200,8 @@ def _prepare(api: HfApi, repo_id: str, repo_type: str, digest: str, options: Pus
         api,
         repo_id,
         repo_type,
-        present,
+        head=info.sha,
+        present=present,
         is_ours=is_new or not set(present) - untouched or marker.get(MANIFEST_DIGEST) == digest,
         old_files=set(old_files) if isinstance(old_files, dict) else set(),
     )
@@ -236,8 +241,8 @@ def _marker(api: HfApi, repo_id: str, repo_type: str) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _send(target: Target, files: Sequence[PublishedFile], options: PushOptions) -> None:
-    """Commits what the repo lacks: the marker, each large file, and at last the rest with the card."""
+def _send(target: Target, files: Sequence[PublishedFile]) -> None:
+    """Uploads what the hub lacks, and commits it all at once."""
     url = _url(target.api, target.repo_id, target.repo_type)
     missing = [file for file in files if not file.is_in(target.present)]
     if not missing:
@@ -245,30 +250,26 @@ def _send(target: Target, files: Sequence[PublishedFile], options: PushOptions) 
         return
     total = _megabytes(sum(file.size_bytes for file in missing))
     print(f"{url}: {len(missing)} of {len(files)} files to send, {total}", flush=True)
-    large = [file for file in missing if file.size_bytes > LARGE_FILE_BYTES]
-    rest = [file for file in missing if file not in large]
-    if not options.update and large:
-        marker = [file for file in rest if file.path == _marker_name(target.repo_type)]
-        rest = [file for file in rest if file not in marker]
-        _commit(target, marker, "Begin a push")
-    for file in large:
-        print(f"  {file.path}, {_megabytes(file.size_bytes)}", flush=True)
-        _commit(target, [file], f"Add {file.path}")
     stale = sorted((target.old_files & set(target.present)) - {file.path for file in files})
-    _commit(target, rest, "Add the card and what goes with it", stale)
-    print(f"  sent: {url}")
-
-
-def _commit(
-    target: Target, files: Sequence[PublishedFile], message: str, stale: Sequence[str] = ()
-) -> None:
     operations: list[Any] = [CommitOperationDelete(path) for path in stale]
-    operations += [CommitOperationAdd(file.path, file.content) for file in files]
-    if operations:
-        with _hub_failures(f"{target.repo_id}: {files[-1].path if files else stale[-1]}"):
-            target.api.create_commit(
-                target.repo_id, operations, commit_message=message, repo_type=target.repo_type
-            )
+    for file in missing:
+        addition = CommitOperationAdd(file.path, file.content)
+        if file.size_bytes > LARGE_FILE_BYTES:
+            print(f"  {file.path}, {_megabytes(file.size_bytes)}", flush=True)
+            with _hub_failures(f"{target.repo_id}: {file.path}"):
+                target.api.preupload_lfs_files(
+                    target.repo_id, [addition], repo_type=target.repo_type
+                )
+        operations.append(addition)
+    with _hub_failures(target.repo_id):
+        target.api.create_commit(
+            target.repo_id,
+            operations,
+            commit_message=COMMIT_MESSAGE,
+            repo_type=target.repo_type,
+            parent_commit=target.head,
+        )
+    print(f"  sent: {url}")
 
 
 @contextmanager

@@ -1,7 +1,8 @@
 """A stand-in for the Hugging Face hub: what its client asks when it creates, fills and reads a repo.
 
 Repos and large files live in memory. `refuse` names a path whose upload answers 403, once its bytes are in;
-`hang` one whose upload never answers. `requests` is what was asked, `received` the bytes of each upload.
+`hang` one whose upload never answers; `intrude` has somebody else commit at the next upload; to a `read_only`
+token nothing is written. `requests` is what was asked, `received` the bytes of each upload.
 """
 
 import base64
@@ -23,6 +24,10 @@ def git_oid(content: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
+def head(repo: dict[str, Any]) -> str:
+    return hashlib.sha1(str(len(repo["commits"])).encode()).hexdigest()
+
+
 class Hub:
     """The hub's state, and how it misbehaves."""
 
@@ -33,6 +38,8 @@ class Hub:
         self.received: list[tuple[str, int]] = []
         self.refuse = ""
         self.hang = ""
+        self.intrude = False
+        self.read_only = False
         self.hanging = threading.Event()
         self.url = ""
 
@@ -107,6 +114,9 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer(200, {"name": USER, "type": "user"})
 
     def _create(self, body: bytes) -> None:
+        if self.hub.read_only:
+            self._answer(403, {"error": "your token may not write here"})
+            return
         asked = json.loads(body)
         name = f"{asked.get('type') or 'model'}s/{asked['organization']}/{asked['name']}"
         if name in self.hub.repos:
@@ -129,8 +139,7 @@ class _Handler(BaseHTTPRequestHandler):
         found = self._repo(repo)
         if found is not None:
             identity = repo.split("/", 1)[1]
-            sha = hashlib.sha1(str(len(found["commits"])).encode()).hexdigest()
-            self._answer(200, {"id": identity, "private": found["private"], "sha": sha})
+            self._answer(200, {"id": identity, "private": found["private"], "sha": head(found)})
 
     def _tree(self, body: bytes, repo: str) -> None:
         found = self._repo(repo)
@@ -184,6 +193,10 @@ class _Handler(BaseHTTPRequestHandler):
             threading.Event().wait(30)
             self.close_connection = True
             return
+        if self.hub.intrude:
+            self.hub.intrude = False
+            for repo in self.hub.repos.values():
+                repo["commits"].append("another's")
         assert hashlib.sha256(body).hexdigest() == digest
         self.hub.objects[digest] = body
         self._answer(200, {})
@@ -192,7 +205,13 @@ class _Handler(BaseHTTPRequestHandler):
         found = self._repo(repo)
         if found is None:
             return
-        for item in map(json.loads, body.splitlines()):
+        items = [json.loads(line) for line in body.splitlines()]
+        parent = items[0]["value"].get("parentCommit")
+        if parent not in (None, head(found)):
+            error = "A commit has happened since. Please refresh and try again."
+            self._answer(412, {"error": error})
+            return
+        for item in items:
             value = item["value"]
             if item["key"] == "header":
                 found["commits"].append(value["summary"])

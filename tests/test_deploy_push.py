@@ -172,7 +172,7 @@ def test_a_push_that_failed_goes_on_and_sends_nothing_twice(
         ) as process:
             assert hub.hanging.wait(60)
             process.kill()
-    assert "README.md" not in hub.files(REPO)
+    assert set(hub.files(REPO)) == {".gitattributes"}
     finished = {digest for digest, _ in hub.received} - {target}
     assert finished
     hub.refuse = hub.hang = ""
@@ -184,6 +184,57 @@ def test_a_push_that_failed_goes_on_and_sends_nothing_twice(
     assert target in {digest for digest, _ in hub.received}
     assert finished.isdisjoint(digest for digest, _ in hub.received)
     same_but_for_texts(version, hub.files(REPO), {"tiny-Q4_K_M.gguf", "tiny-F16.gguf"})
+    assert len(hub.repos[REPO]["commits"]) == 1
+
+
+def test_an_update_that_failed_leaves_the_version_before_whole(
+    hub: Hub, push: Push, version: PromotionPaths, tmp_path: Path
+) -> None:
+    assert push(version.root, "tiny").returncode == 0
+    before = dict(hub.files(REPO))
+    second = other_version(version, tmp_path)
+    changed = (second.root / "tiny-Q4_K_M.gguf").read_bytes()
+    hub.refuse = hashlib.sha256(changed).hexdigest()
+    sent_before = len(hub.received)
+
+    assert push(second.root, "tiny", "--update").returncode == 2
+
+    assert hub.files(REPO) == before
+    hub.refuse = ""
+    assert push(second.root, "tiny", "--update").returncode == 0
+    same_but_for_texts(second, hub.files(REPO), {"tiny-Q4_K_M.gguf", "tiny-F16.gguf"})
+    assert hub.files(REPO)["tiny-Q4_K_M.gguf"] == changed
+    assert len(hub.repos[REPO]["commits"]) == 2
+    digests = [digest for digest, _ in hub.received[sent_before:]]
+    assert digests == [hashlib.sha256(changed).hexdigest()] * 2
+
+
+def test_what_another_commits_meanwhile_is_not_overwritten(
+    hub: Hub, push: Push, version: PromotionPaths
+) -> None:
+    hub.intrude = True
+
+    done = push(version.root, "tiny")
+
+    assert done.returncode == 2
+    [line] = done.stderr.strip().splitlines()
+    assert "A commit has happened since" in line
+    assert set(hub.files(REPO)) == {".gitattributes"}
+    assert push(version.root, "tiny").returncode == 0
+
+
+def other_version(version: PromotionPaths, folder: Path) -> PromotionPaths:
+    """The version once more, with another Q4_K_M file."""
+    paths = SweepPaths(folder / "tiny").promotion(2)
+    shutil.copytree(version.root, paths.root)
+    gguf = paths.root / "tiny-Q4_K_M.gguf"
+    gguf.chmod(0o644)
+    gguf.write_bytes(gguf.read_bytes() + b"other")
+    manifest = read_json(paths.manifest)
+    digest = hashlib.sha256(gguf.read_bytes()).hexdigest()
+    manifest["files"][gguf.name] = {"sha256": digest, "size_bytes": gguf.stat().st_size}
+    write_json(paths.manifest, manifest)
+    return paths
 
 
 def test_a_repo_that_exists_is_refused_until_update(
@@ -279,6 +330,18 @@ def test_bad_input_is_one_line(
     [line] = done.stderr.strip().splitlines()
     assert message in line
     assert hub.repos == {}
+
+
+def test_a_token_that_may_not_write_is_one_line(
+    hub: Hub, push: Push, version: PromotionPaths
+) -> None:
+    hub.read_only = True
+
+    done = push(version.root, "tiny")
+
+    assert done.returncode == 2
+    [line] = done.stderr.strip().splitlines()
+    assert "your token may not write here" in line
 
 
 @pytest.mark.network
