@@ -32,6 +32,7 @@ STEPS = ("merge", "convert", "quantise")
 SIZES = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "IQ4_XS")
 QUANTIZED = "Q4_K_M"
 SAMPLED_S = 0.03
+LOG = "log.txt"
 LARGE = {
     "hidden_size": 1536,
     "intermediate_size": 4096,
@@ -151,7 +152,7 @@ def in_process(step: str, way: str, folder: Path) -> dict[str, Any]:
         printed, _ = process.communicate()
     elapsed = time.perf_counter() - started
     if process.returncode:
-        sys.exit(f"{step} {way} failed")
+        sys.exit(f"{step} {way} failed:\n{(folder / LOG).read_text()[-3000:]}")
     return {"time_s": round(elapsed, 2), **json.loads(printed.splitlines()[-1])}
 
 
@@ -164,7 +165,7 @@ def sampled(step: str, way: str, folder: Path) -> dict[str, Any]:
             time.sleep(SAMPLED_S)
         printed, _ = process.communicate()
     if process.returncode:
-        sys.exit(f"{step} {way} failed")
+        sys.exit(f"{step} {way} failed:\n{(folder / LOG).read_text()[-3000:]}")
     found = json.loads(printed.splitlines()[-1])
     return {"peak_mb": max(mb for _, mb in samples), "samples": samples, **found}
 
@@ -182,7 +183,8 @@ def held_bytes(pid: int) -> int:
 
 def _start(step: str, way: str, folder: Path) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "benchmarks.export", "--one", step, way, str(folder)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    with open(folder / LOG, "w") as log:  # llama.cpp's quantiser by hand says a line a tensor
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
 
 
 def measure(step: str, way: str, folder_name: str) -> dict[str, Any]:
@@ -292,7 +294,8 @@ def quantize_by_hand(folder: Path) -> None:
 
 
 def quantize_ours(folder: Path) -> None:
-    from deploy.quantize import QUANTIZATIONS, quantize
+    from deploy.gguf_types import QUANTIZATIONS
+    from deploy.quantize import quantize
 
     quantize(folder / "ours.gguf", folder / f"ours-{QUANTIZED}.gguf", QUANTIZATIONS[QUANTIZED])
 
@@ -332,7 +335,8 @@ WAYS = {
 
 def file_sizes(folder: Path, names: Sequence[str]) -> dict[str, dict[str, float]]:
     """Size of each type of the demo model, and how much smaller than f16 it is."""
-    from deploy.quantize import QUANTIZATIONS, quantize
+    from deploy.gguf_types import QUANTIZATIONS
+    from deploy.quantize import quantize
 
     f16 = (folder / "ours.gguf").stat().st_size
     sizes = {"F16": {"size_mb": round(f16 / 1e6, 1), "smaller": 0.0}}

@@ -23,8 +23,8 @@ import pandas as pd
 from deploy.decoder import Decoder
 from deploy.export_gguf import run_converter
 from deploy.gguf_model import GgufModel, last_error, open_gguf
+from deploy.gguf_types import QUANTIZATIONS, UNQUANTIZED
 from deploy.llama_cpp_source import CONVERT_ADAPTER
-from deploy.quantize import QUANTIZATIONS, UNQUANTIZED
 from deploy.verify import LOST_SHARE
 from training.evaluate import mean_loss
 from training.exceptions import GateError, ModelError

@@ -30,6 +30,7 @@ from deploy.card import (
 )
 from deploy.export_gguf import export_gguf
 from deploy.gates import Gates, beats_base
+from deploy.gguf_types import UNQUANTIZED, Quantization
 from deploy.imatrix import Importance, for_gguf, importance
 from deploy.manifest import provenance, write_manifest
 from deploy.measure import (
@@ -49,23 +50,27 @@ from deploy.measure_figure import write_picture
 from deploy.memory import count_parameters, full_precision_device
 from deploy.merge import Merge, full_precision_losses, load_merged, merge_adapter
 from deploy.modelfile import write_modelfile
-from deploy.quantize import UNQUANTIZED, Quantization, quantize_best
+from deploy.quantize import quantize_best
 from deploy.score import Comparison, TestScore, compare
+from deploy.shards import cast_model
 from deploy.verify import (
     ADAPTER,
     ADAPTER_4BIT,
     BASE,
     BASE_4BIT,
     MERGED,
+    MERGED_TOLERANCE,
     check_losses,
     verify_gguf,
 )
 from sweeps.ledger import SweepRecord, TrialRecord
 from training.config import DEMO, TrialConfig
-from training.evaluate import example_losses
+from training.evaluate import example_losses, mean_loss
+from training.exceptions import GateError
 from training.model import DEMO_MODEL_ID, end_token_ids, find_device
 from training.paths import PromotionPaths, write_json, write_text
 
+FLOAT32 = "float32"
 NUM_CHOICE_EXAMPLES = 48
 """Validation examples that choose between a file with importance matrix and one without."""
 
@@ -83,6 +88,8 @@ class Plan:
     recommended_first: bool = False
     """The recommended type is the one for chat, whatever the order of `quantizations`."""
     adapter_gguf: bool = True
+    merged_dtype: str = FLOAT32
+    """In which merged/ is published; everything else is made of it in float32."""
 
 
 @dataclass(frozen=True)
@@ -192,6 +199,9 @@ def build_version(plan: Plan, evidence: Evidence, draft: PromotionPaths, times: 
             verified["adapter_gguf"] = verify_adapter(
                 draft.adapter_gguf, f16, examples.to_list(), losses[MERGED], own_base
             )
+    if plan.merged_dtype != FLOAT32:
+        with times.stage(f"merged {plan.merged_dtype}"):
+            merge.record["saved_as"] = _round_merged(plan, draft, examples, losses[MERGED], device)
     measured = _measure(plan, draft, examples, distances, times)
     verification = {
         **evidence.gates.record(),
@@ -240,6 +250,28 @@ def _transformers_losses(
         }
     losses[MERGED] = merged
     return {name: _select(frame, example_ids) for name, frame in losses.items()}
+
+
+def _round_merged(
+    plan: Plan, draft: PromotionPaths, examples: Dataset, exact: pd.DataFrame, device: torch.device
+) -> dict[str, Any]:
+    """Rounds merged/ to the type asked for, and compares its test loss with that of before.
+
+    Raises:
+        GateError: it lost more than rounding may.
+    """
+    config = plan.trial.config
+    cast_model(draft.merged, getattr(torch, plan.merged_dtype))
+    model = load_merged(draft.merged, device, config.trust_remote_code)
+    loss = mean_loss(example_losses(model, examples, config.per_device_eval_batch_size))
+    expected = mean_loss(exact)
+    if not abs(loss - expected) <= MERGED_TOLERANCE:
+        raise GateError(
+            f"merged/ in {plan.merged_dtype}: test loss is {loss:.4f}, but must be within "
+            f"{MERGED_TOLERANCE} of the float32 model's {expected:.4f}"
+        )
+    record = {"dtype": plan.merged_dtype, "loss": loss, "float32_loss": expected}
+    return {**record, "tolerance": MERGED_TOLERANCE}
 
 
 def _verify(
@@ -345,6 +377,7 @@ def _card_facts(
         scored=evidence.gate,
         shipped=shipped,
         hidden_size=architecture.get_text_config().hidden_size,
+        merged_dtype=plan.merged_dtype,
         merged_size_bytes=sum(path.stat().st_size for path in draft.merged.glob("*.safetensors")),
         gguf_files={name: (path.name, path.stat().st_size) for name, path in kept.items()},
         losses=losses,
@@ -378,7 +411,9 @@ def _manifest_facts(
 
 def _print_tables(facts: CardFacts) -> None:
     for table in (
-        files_table(facts.gguf_files, facts.merged_size_bytes, facts.adapter_gguf),
+        files_table(
+            facts.gguf_files, facts.merged_size_bytes, facts.merged_dtype, facts.adapter_gguf
+        ),
         losses_table(facts.losses),
         measured_table(facts.measured.items),
     ):

@@ -13,16 +13,15 @@ import pandas as pd
 import yaml
 
 from analysis.stats import Interval
+from deploy.gguf_types import QUANTIZATIONS, UNQUANTIZED
 from deploy.measure import CONFIDENCE, MARGIN, MeasuredTypes, Measurement
-from deploy.quantize import QUANTIZATIONS, UNQUANTIZED
+from deploy.publication import MERGED_USE
 from deploy.score import Comparison
 from deploy.verify import ADAPTER_4BIT, BASE, BASE_4BIT, MERGED
 from sweeps.ledger import SweepRecord, TrialRecord
 
 SUPER_BLOCK = 256
 """Row length that K-quants and i-quants need to divide by."""
-MERGED_USE = "`merged/` loads with Transformers' `AutoModelForCausalLM`, `adapter/` with PEFT."
-ADAPTER_USE = "`adapter/` loads with PEFT."
 DATA_SETTINGS = ("dataset_name", "max_length", "validation_fraction", "test_fraction")
 
 
@@ -42,6 +41,8 @@ class CardFacts:
     """The merged model and the full-precision base on it, of a trial over a 4-bit base."""
     hidden_size: int
     merged_size_bytes: int
+    merged_dtype: str
+    """In which merged/ is; it was merged, and all else was made, in float32."""
     gguf_files: Mapping[str, tuple[str, int]]
     """File name and size in bytes by quantisation, the preferred one first."""
     losses: Mapping[str, Any]
@@ -67,7 +68,11 @@ def write_card(facts: CardFacts) -> str:
         "## Losses",
         _losses(facts),
         "## Files",
-        _markdown(files_table(facts.gguf_files, facts.merged_size_bytes, facts.adapter_gguf)),
+        _markdown(
+            files_table(
+                facts.gguf_files, facts.merged_size_bytes, facts.merged_dtype, facts.adapter_gguf
+            )
+        ),
         fallback_note(facts.hidden_size, facts.gguf_files),
         "## Quantisation",
         _quantization(facts.measured, facts.losses["num_examples"]),
@@ -86,10 +91,11 @@ def write_card(facts: CardFacts) -> str:
 def files_table(
     gguf_files: Mapping[str, tuple[str, int]],
     merged_size_bytes: int,
+    merged_dtype: str,
     adapter_gguf: tuple[str, int] | None = None,
 ) -> pd.DataFrame:
     """Sizes, with the reduction against the merged model."""
-    rows = [("merged/ (float32)", "", f"{merged_size_bytes / 1e6:,.1f}", "")]
+    rows = [(f"merged/ ({merged_dtype})", "", f"{merged_size_bytes / 1e6:,.1f}", "")]
     alone = {} if adapter_gguf is None else {"adapter": adapter_gguf}
     for quantization, (file_name, size_bytes) in {**gguf_files, **alone}.items():
         reduction = 1 - size_bytes / merged_size_bytes

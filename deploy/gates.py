@@ -15,8 +15,6 @@ from deploy.score import CONFIDENCE, Comparison, TestScore
 from sweeps.ledger import SweepRecord, TrialRecord
 from training.exceptions import DataError, GateError
 
-MAX_OVERFITTING = 0.5
-
 
 @dataclass(frozen=True)
 class Gate:
@@ -93,7 +91,7 @@ def beats_base(name: str, comparison: Comparison, tuned_name: str, base_name: st
     return Gate(name, passed, value, f"{CONFIDENCE:.0%} interval below 0", detail)
 
 
-def not_overfitted(score: TestScore, max_overfitting: float = MAX_OVERFITTING) -> Gate:
+def not_overfitted(score: TestScore, max_overfitting: float) -> Gate:
     """How much of what the adapter gained on the examples it trained on is missing on those it never saw.
 
     Overfitting is `1 - (gain on test) / (gain on training examples)`, a gain being the base's loss less the
@@ -157,7 +155,7 @@ def _not_worse(sweep: SweepRecord, trial: TrialRecord) -> Gate:
     ]
     if not comparable:
         return Gate(name, True, None, must_be, "no finished trial is there to be worse than")
-    leader = original(sweep, dataclasses.replace(sweep, all_trials=comparable).best())
+    leader = sweep.original(dataclasses.replace(sweep, all_trials=comparable).best())
     if leader.number == trial.number:
         return Gate(name, True, {"leader": leader.number}, must_be, "the trial is the leader")
     try:
@@ -176,12 +174,6 @@ def _not_worse(sweep: SweepRecord, trial: TrialRecord) -> Gate:
     )
     detail += ", but must not be (the best one is promoted without --trial)" if worse else ""
     return Gate(name, not worse, {"leader": leader.number, **_ends(interval)}, must_be, detail)
-
-
-def original(sweep: SweepRecord, trial: TrialRecord) -> TrialRecord:
-    """The trial that was trained, where this one stands for the same settings."""
-    same_as = trial.result.get("same_as")
-    return trial if same_as is None else sweep.trial(same_as)
 
 
 def _held_out_set(trial: TrialRecord) -> str | None:

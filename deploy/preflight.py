@@ -6,9 +6,9 @@ from pathlib import Path
 
 from deploy.export_gguf import check_architecture
 from deploy.gguf_model import load_llama_cpp
+from deploy.gguf_types import UNQUANTIZED, Quantization
 from deploy.llama_cpp_source import converter_dir
 from deploy.memory import FP32_BYTES, check_memory, count_parameters
-from deploy.quantize import UNQUANTIZED, Quantization
 from training.config import TrialConfig
 from training.exceptions import SweepError
 from training.paths import SweepPaths

@@ -5,30 +5,28 @@ card, Modelfile, manifest. Everything is made in a draft directory and renamed a
 is whole or not there, and is never changed afterwards (`deploy.registry`).
 """
 
+from __future__ import annotations
+
 import contextlib
 import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
-import transformers
-
-from deploy.build import Evidence, Plan, StageTimes, base_name, build_version
-from deploy.gates import MAX_OVERFITTING, Gates, beats_base, not_overfitted, original, sweep_gates
-from deploy.measure import make_limits
-from deploy.preflight import check_ready
-from deploy.quantize import ALL, DEFAULT_QUANTIZATION, QUANTIZATIONS, check_quantizations
+from deploy.gguf_types import ALL, DEFAULT_QUANTIZATION, QUANTIZATIONS, check_quantizations
 from deploy.registry import current_number, publish, registry_lock
-from deploy.score import compare, load_held_out, score_on_test
-from deploy.verify import BASE, BASE_4BIT
 from sweeps.ledger import SweepRecord, TrialRecord, read_sweep
 from training.cli import make_parser, parse, run_command
 from training.exceptions import ConfigError, SweepError
-from training.model import load_tokenizer
 from training.paths import PromotionPaths, SweepPaths
 
+if TYPE_CHECKING:  # what loads PyTorch waits until the options and the sweep are known to be right
+    from deploy.build import Evidence, Plan, StageTimes
+
 BEST = -1
+MAX_OVERFITTING = 0.5
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -67,6 +65,10 @@ class PromoteOptions:
         default=True,
         metadata={"help": "Also write the adapter alone, for llama.cpp's --lora over the base."},
     )
+    merged_dtype: Literal["float32", "bfloat16", "float16"] = field(
+        default="float32",
+        metadata={"help": "Type of the weights in merged/; the GGUFs are made of float32 always."},
+    )
     max_overfitting: float = field(
         default=MAX_OVERFITTING,
         metadata={
@@ -84,8 +86,6 @@ def main() -> None:
     parser = make_parser("deploy.promote", __doc__ or "", [PromoteOptions])
     parser.add_argument("sweep", help="the sweep's directory, runs/NAME")
     options, positional = parse(parser)
-    # Bars for files that are read in a second would tear the table of stages.
-    transformers.utils.logging.disable_progress_bar()
     promote(Path(positional.sweep), options)
 
 
@@ -99,6 +99,13 @@ def promote(sweep_dir: Path, options: PromoteOptions) -> PromotionPaths:
         GateError: a gate is not met, or a verification failed.
     """
     plan = make_plan(read_sweep(sweep_dir), options)
+    from transformers.utils import logging
+
+    from deploy.build import StageTimes, build_version
+    from deploy.preflight import check_ready
+
+    # Bars for files that are read in a second would tear the table of stages.
+    logging.disable_progress_bar()
     trial, times = plan.trial, StageTimes()
     check_ready(trial.config, plan.quantizations, plan.sweep.paths)
     print(f"promoting trial {trial.number} ({trial.name}) at step {trial.result['best_step']}")
@@ -114,7 +121,6 @@ def promote(sweep_dir: Path, options: PromoteOptions) -> PromotionPaths:
 def make_plan(sweep: SweepRecord, options: PromoteOptions) -> Plan:
     """Raises ConfigError or SweepError for what cannot be promoted as asked."""
     quantizations = check_quantizations(options.quantization)
-    limits = make_limits(options.max_kl, options.max_size)
     if options.num_verify_examples < 1:
         raise ConfigError(
             f"--num_verify_examples is {options.num_verify_examples}, but must be >= 1"
@@ -122,6 +128,10 @@ def make_plan(sweep: SweepRecord, options: PromoteOptions) -> Plan:
     if not options.max_overfitting >= 0:
         raise ConfigError(f"--max_overfitting is {options.max_overfitting}, but must be >= 0")
     trial = choose_trial(sweep, options.trial, options.force)
+    from deploy.build import Plan, base_name
+    from deploy.measure import make_limits
+
+    limits = make_limits(options.max_kl, options.max_size)
     name = options.output_name or f"{base_name(trial.config)[0].split('/')[-1]}-{sweep.name}"
     if not NAME_PATTERN.fullmatch(name):
         raise ConfigError(f"--output_name is {name!r}, but must be letters, digits, '.', '_', '-'")
@@ -134,6 +144,7 @@ def make_plan(sweep: SweepRecord, options: PromoteOptions) -> Plan:
         limits,
         recommended_first=options.quantization == [ALL],
         adapter_gguf=options.adapter_gguf,
+        merged_dtype=options.merged_dtype,
     )
 
 
@@ -147,7 +158,7 @@ def choose_trial(sweep: SweepRecord, number: int = BEST, force: bool = False) ->
     if number < BEST:
         raise ConfigError(f"--trial is {number}, but must be a trial's number, or {BEST}")
     trial = _best_trial(sweep) if number == BEST else sweep.trial(number)
-    trial = original(sweep, trial)
+    trial = sweep.original(trial)
     if trial.state != "complete" and not (force and trial.result.get("best_step")):
         raise SweepError(f"{trial.paths.root}: the trial is {trial.state}, but must be complete")
     if not (trial.paths.adapter / "adapter_config.json").is_file():
@@ -167,6 +178,12 @@ def _best_trial(sweep: SweepRecord) -> TrialRecord:
 
 
 def _pass_gates(plan: Plan, options: PromoteOptions, times: StageTimes) -> Evidence:
+    from deploy.build import Evidence
+    from deploy.gates import Gates, beats_base, not_overfitted, sweep_gates
+    from deploy.score import compare, load_held_out, score_on_test
+    from deploy.verify import BASE, BASE_4BIT
+    from training.model import load_tokenizer
+
     trial, gates = plan.trial, Gates(options.force)
     for gate in sweep_gates(plan.sweep, trial):
         gates.check(gate)

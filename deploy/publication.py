@@ -18,7 +18,6 @@ from huggingface_hub import EvalResult, ModelCard, SpaceCard
 from huggingface_hub.utils import validate_repo_id
 from huggingface_hub.utils.sha import git_hash
 
-from deploy.card import ADAPTER_USE, MERGED_USE
 from deploy.manifest import file_sha256, find_changes
 from training.exceptions import ModelError
 from training.paths import PromotionPaths, read_json
@@ -30,6 +29,9 @@ TEXT_SUFFIXES = (".md", ".json")
 """Files in which paths of this machine may stand; a tokenizer's hold none and are large."""
 SPACE_SOURCE = Path(__file__).parent / "space"
 SPACE_TEXTS = ("app.py", "requirements.txt")
+MERGED_USE = "`merged/` loads with Transformers' `AutoModelForCausalLM`, `adapter/` with PEFT."
+ADAPTER_USE = "`adapter/` loads with PEFT."
+"""What the card on disk says of the directories, and what it says where merged/ is not published."""
 MERGED_ROW = re.compile(r"\| merged/ ")
 """Of the card's table of files; what a repo does not hold its card does not promise."""
 

@@ -216,6 +216,40 @@ def write_merged(
         write_json(target / INDEX, index)
 
 
+def cast_model(directory: Path, dtype: torch.dtype) -> None:
+    """Rounds a saved model's weights, file by file and tensor by tensor; its config.json says so.
+
+    Args:
+        directory: of a model that `write_model` has written.
+        dtype: float32, float16 or bfloat16.
+    """
+    total = 0
+    for path in sorted(directory.glob("*.safetensors")):
+        with safe_open(path, "pt") as opened:
+            parts = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+            kinds = {name: part.get_dtype() for name, part in parts.items()}
+            types = {
+                name: (
+                    DTYPE_NAMES[dtype] if kinds[name] in FLOATS else kinds[name],
+                    part.get_shape(),
+                )
+                for name, part in parts.items()
+            }
+
+        def load(name: str, path: Path = path) -> torch.Tensor:
+            return _merged(name, path, dtype, None, None)
+
+        rounded = path.with_name(f".{path.name}")
+        total += write_safetensors(rounded, types, load)
+        rounded.replace(path)
+    if (directory / INDEX).is_file():
+        index = read_json(directory / INDEX)
+        index["metadata"]["total_size"] = total
+        write_json(directory / INDEX, index)
+    settings = read_json(directory / "config.json")
+    write_json(directory / "config.json", {**settings, "dtype": str(dtype).removeprefix("torch.")})
+
+
 def write_safetensors(
     path: Path, types: Mapping[str, tuple[str, list[int]]], load: Callable[[str], torch.Tensor]
 ) -> int:

@@ -15,8 +15,8 @@ import numpy as np
 import pandas as pd
 
 from deploy.gguf_model import NOT_SUPERVISED, GgufModel, LookAtExample, open_gguf
+from deploy.gguf_types import QUANTIZATIONS, UNQUANTIZED
 from deploy.modelfile import adds_bos
-from deploy.quantize import QUANTIZATIONS, UNQUANTIZED
 from training.evaluate import mean_loss
 from training.exceptions import GateError
 

@@ -128,6 +128,11 @@ class SweepRecord:
                 return trial
         raise SweepError(f"{self.paths.root}: trial {number} is not there")
 
+    def original(self, trial: TrialRecord) -> TrialRecord:
+        """The trial that was trained, where this one stands for the same settings."""
+        same_as = trial.result.get("same_as")
+        return trial if same_as is None else self.trial(same_as)
+
     def best(self) -> TrialRecord:
         """The finished trial with the lowest validation loss; the first of equals.
 

@@ -4,7 +4,9 @@ import io
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from deploy_sweep import promoted
@@ -13,6 +15,7 @@ from transformers import AutoTokenizer
 from deploy.chat import (
     ChatOptions,
     _converse,
+    _read_question,
     find_gguf,
     latest_turns,
     open_chat,
@@ -96,6 +99,73 @@ def test_a_conversation_keeps_its_turns_and_ends_at_end_of_input(
 
     printed = capsys.readouterr().out
     assert printed.count(".\n") == 3  # The line about Ctrl-D and two answers.
+
+
+def test_several_lines_are_one_question(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = 'one\n"""\ntwo\n\n  three\n"""\nfour\\\nfive\n"""\nsix'
+    monkeypatch.setattr("sys.stdin", io.StringIO(text))
+
+    questions = [_read_question() for _ in range(5)]
+
+    assert questions == ["one", "two\n\n  three", "four\nfive", "six", None]
+
+
+def test_a_system_prompt_is_part_of_every_prompt(
+    version: PromotionPaths, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = open_chat(find_gguf(version.root), 256)
+    asked: list[list[dict[str, str]]] = []
+    complete = model.create_chat_completion
+
+    def watch(messages: list[dict[str, str]], **options: Any) -> Any:
+        asked.append(messages)
+        return complete(messages, **options)
+
+    monkeypatch.setattr(model, "create_chat_completion", watch)
+    monkeypatch.setattr("sys.stdin", io.StringIO("Is 7 even?\n" * 9))
+    _converse(model, ChatOptions(max_tokens=20, system="Be terse."))
+
+    assert len(asked) == 9
+    assert all(messages[0] == {"role": "system", "content": "Be terse."} for messages in asked)
+    assert [len(messages) for messages in asked[:2]] == [2, 4]
+    assert len(asked[-1]) < 18  # the oldest turns went, the system prompt did not
+    assert len(prompt_tokens(model, asked[-1])) <= 236
+
+
+def test_a_template_without_system_prompts_is_one_line(version: PromotionPaths) -> None:
+    model = open_chat(find_gguf(version.root), 128)
+    refuses = (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('No system role') }}{% endif %}"
+    )
+    model.metadata["tokenizer.chat_template"] = refuses
+    messages = [{"role": "system", "content": "x"}, {"role": "user", "content": "y"}]
+
+    with pytest.raises(ConfigError, match="takes no conversation of system and user: No system"):
+        latest_turns(model, messages, ChatOptions(max_tokens=8))
+
+
+def test_ctrl_c_ends_the_answer_and_not_the_conversation(
+    version: PromotionPaths, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = open_chat(find_gguf(version.root), 256)
+    complete, num_asked = model.create_chat_completion, 0
+
+    def interrupt(messages: list[dict[str, str]], **options: Any) -> Iterator[Any]:
+        nonlocal num_asked
+        num_asked += 1
+        for number, chunk in enumerate(complete(messages, **options)):
+            if num_asked == 1 and number == 3:
+                raise KeyboardInterrupt
+            yield chunk
+
+    monkeypatch.setattr(model, "create_chat_completion", interrupt)
+    monkeypatch.setattr("sys.stdin", io.StringIO("Is 7 even?\nIs 8 even?\n"))
+
+    _converse(model, ChatOptions(max_tokens=20))
+
+    first, second = capsys.readouterr().out.splitlines()[1:3]
+    assert num_asked == 2
+    assert not first.endswith(".") and second.endswith(".")
 
 
 def test_a_conversation_longer_than_the_context_forgets_its_oldest_turns(

@@ -63,7 +63,7 @@ def _score(adapter_train: float, adapter_test: float, base: float = 4.0) -> Test
 
 def test_what_is_gained_on_training_examples_alone_is_overfitting() -> None:
     half = not_overfitted(_score(adapter_train=1.0, adapter_test=2.5), 0.6)
-    known_by_heart = not_overfitted(_score(adapter_train=0.5, adapter_test=3.9))
+    known_by_heart = not_overfitted(_score(adapter_train=0.5, adapter_test=3.9), 0.5)
 
     assert half.passed
     assert half.value["overfitting"] == pytest.approx(0.5)
@@ -84,7 +84,7 @@ def test_harder_test_examples_are_no_overfitting() -> None:
 def test_a_handful_of_examples_refuses_nobody_as_overfitted() -> None:
     score = TestScore(_losses(3.9), _losses(4.0), _losses(0.5, "t", 4), _losses(4.0, "t", 4), False)
 
-    gate = not_overfitted(score)
+    gate = not_overfitted(score, 0.5)
 
     assert gate.passed and gate.value["overfitting_at_least"] is None
 

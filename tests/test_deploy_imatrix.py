@@ -11,8 +11,9 @@ from deploy_sweep import tiny_base
 from transformers import AutoModelForCausalLM
 
 from deploy.export_gguf import export_gguf
+from deploy.gguf_types import QUANTIZATIONS
 from deploy.imatrix import for_gguf, importance
-from deploy.quantize import QUANTIZATIONS, quantize, quantize_best
+from deploy.quantize import quantize, quantize_best
 from training.exceptions import ModelError
 
 EXAMPLES = [{"input_ids": list(range(start, start + 20))} for start in (100, 300, 700)]

@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from analysis.stats import Interval
 from deploy.gguf_model import open_gguf
+from deploy.gguf_types import QUANTIZATIONS, check_quantizations
 from deploy.measure import (
     Distances,
     Limits,
@@ -29,7 +30,7 @@ from deploy.measure import (
 from deploy.measure_figure import _get_points_info, write_picture
 from deploy.merge import load_merged
 from deploy.promote import PromoteOptions, make_plan
-from deploy.quantize import QUANTIZATIONS, check_quantizations, quantize
+from deploy.quantize import quantize
 from sweeps.ledger import read_sweep
 from training.data import load_splits
 from training.evaluate import example_losses, mean_loss

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from deploy.four_bit import DEQUANTISED, FULL_PRECISION
 from deploy.merge import load_merged, load_with_adapter, merge_adapter
-from deploy.shards import plan_merge, write_merged, write_model
+from deploy.shards import cast_model, plan_merge, write_merged, write_model
 from training.config import TrialConfig
 from training.evaluate import example_losses, mean_loss
 from training.exceptions import ModelError
@@ -259,6 +259,24 @@ def test_memory_holds_a_tensor_and_not_the_model(tmp_path: Path) -> None:
     size = sum(path.stat().st_size for path in (tmp_path / "merged").glob("*.safetensors"))
     assert size > 300e6
     assert int(grown) * 1024 < 100e6
+
+
+def test_a_model_that_is_rounded_later_is_the_one_that_was_rounded_at_once(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base")
+    make_adapter(base, tmp_path / "adapter")
+    plan = plan_merge(base, tmp_path / "adapter")
+    write_merged(plan, tmp_path / "at once", dtype=torch.bfloat16)
+    write_merged(plan, _with_config(base, tmp_path / "later"))
+
+    cast_model(tmp_path / "later", torch.bfloat16)
+
+    files = {path.name for path in (tmp_path / "at once").iterdir()}
+    assert len([name for name in files if name.endswith(".safetensors")]) > 1
+    for name in files:
+        first, second = (tmp_path / folder / name for folder in ("at once", "later"))
+        assert first.read_bytes() == second.read_bytes(), name
+    assert read_json(tmp_path / "later" / "config.json")["dtype"] == "bfloat16"
+    assert not list((tmp_path / "later").glob(".*"))
 
 
 def test_every_file_that_goes_with_the_weights_is_there(

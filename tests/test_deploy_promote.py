@@ -1,5 +1,6 @@
 """From a finished sweep to a released version, and what is refused on the way."""
 
+import dataclasses
 import hashlib
 import os
 import re
@@ -20,11 +21,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from deploy import build as build_module
 from deploy import promote as promote_module
 from deploy.gates import Gates, beats_base
+from deploy.gguf_types import check_quantizations
 from deploy.memory import count_parameters, full_precision_device
 from deploy.merge import Merge
 from deploy.preflight import check_ready
 from deploy.promote import PromoteOptions, choose_trial, promote
-from deploy.quantize import check_quantizations
 from deploy.score import compare
 from sweeps.ledger import read_sweep
 from training.exceptions import ConfigError, GateError, ModelError, SweepError
@@ -144,7 +145,8 @@ def test_promoting_again_makes_the_next_version_without_scoring_again(
     before = {path: path.read_bytes() for path in first.root.rglob("*") if path.is_file()}
     monkeypatch.setattr("deploy.score._score", None)  # A second scoring would fail.
 
-    second = promote(sweep.root, PromoteOptions(quantization=["Q8_0"]))
+    options = PromoteOptions(quantization=["Q8_0"], merged_dtype="bfloat16")
+    second = promote(sweep.root, options)
 
     assert second.root.name == "0002"
     assert sweep.current_promotion.read_text().strip() == "0002"
@@ -154,6 +156,12 @@ def test_promoting_again_makes_the_next_version_without_scoring_again(
         "tiny-llama-tiny-Q8_0.gguf",
     ]
     assert {path.name for path in sweep.promoted.iterdir()} <= {"0001", "0002", "current", ".lock"}
+    weights = load_file(second.merged / "model.safetensors")
+    assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
+    rounded = read_json(second.verification)["merge"]["saved_as"]
+    assert rounded["loss"] == pytest.approx(rounded["float32_loss"], abs=0.02)
+    assert rounded["loss"] != rounded["float32_loss"]
+    assert "| merged/ (bfloat16)" in second.card.read_text("utf-8")
     printed = capsys.readouterr().out
     assert "as scored before" in printed
     assert f"python -m deploy.chat {sweep.root}" in printed
@@ -245,7 +253,7 @@ def test_a_merge_onto_full_precision_that_does_not_beat_that_is_refused(
     def merge_onto_a_good_base(*args: Any) -> Merge:
         done = merge(*args)
         assert done.base is not None
-        return Merge(done.record, done.base.assign(loss_sum=0.0))
+        return dataclasses.replace(done, base=done.base.assign(loss_sum=0.0))
 
     monkeypatch.setattr(build_module, "merge_adapter", merge_onto_a_good_base)
 

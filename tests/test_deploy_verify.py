@@ -17,8 +17,9 @@ from transformers import AutoTokenizer
 from deploy.decoder import Decoder, open_decoder
 from deploy.export_gguf import export_gguf
 from deploy.gguf_model import open_gguf
+from deploy.gguf_types import QUANTIZATIONS, check_quantizations
 from deploy.merge import load_merged, merge_adapter
-from deploy.quantize import QUANTIZATIONS, check_quantizations, quantize
+from deploy.quantize import quantize
 from deploy.verify import (
     STRINGS,
     check_answers_end,

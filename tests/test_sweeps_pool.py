@@ -122,7 +122,14 @@ def test_a_killed_worker_is_replaced_and_its_trials_go_on(
     assert "steps: 80 trained, 0 saved by stages" in stdout
 
 
-@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize(
+    "sent",
+    [
+        signal.SIGTERM,
+        pytest.param(signal.SIGKILL, marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, marks=pytest.mark.slow),
+    ],
+)
 def test_workers_save_their_trials_when_their_runner_ends(
     tmp_path: Path, tiny_settings: dict[str, Any], sent: signal.Signals
 ) -> None:

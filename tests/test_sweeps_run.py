@@ -490,7 +490,14 @@ def wait_for_step(paths, number, step, timeout_s):
     raise AssertionError(f"trial {number} did not reach step {step} in {timeout_s} s")
 
 
-@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "sent",
+    [
+        signal.SIGKILL,
+        pytest.param(signal.SIGINT, marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, marks=pytest.mark.slow),
+    ],
+)
 def test_the_same_command_continues_after_a_kill_and_trains_nothing_twice(tmp_path, sent):
     paths = SweepPaths(tmp_path / "runs" / "x")
     process = start(tmp_path, ONE_FACTOR)

@@ -321,6 +321,7 @@ def test_followers_of_a_trial_that_fails_begin_at_once(tmp_path: Path) -> None:
 # Size
 
 
+@pytest.mark.slow
 def test_a_sweep_of_two_thousand_trials_is_scheduled_in_seconds(tmp_path: Path) -> None:
     case = Case(
         method="random",

@@ -1,4 +1,5 @@
 import errno
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -113,3 +114,22 @@ def test_a_fault_of_ours_keeps_its_traceback(fault: Exception) -> None:
 
     with pytest.raises(type(fault)):
         run_command(main)
+
+
+@pytest.mark.parametrize("module", ["sweeps.run", "deploy.promote"])
+def test_ctrl_c_while_libraries_load_is_one_line(module: str) -> None:
+    code = (
+        "import runpy, sys, training, os, signal\n"
+        "class Late:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name in ('optuna', 'transformers'):\n"
+        "            os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Late())\n"
+        f"sys.argv = ['x', '/nowhere']; runpy.run_module({module!r}, run_name='__main__')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+
+    assert done.returncode in (-signal.SIGINT, 130)
+    assert done.stderr.strip() in ("interrupted", "interrupted; the same command continues")

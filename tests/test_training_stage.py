@@ -106,8 +106,20 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize(
+    ("schedule", "variant"),
+    [
+        pytest.param(
+            schedule,
+            variant,
+            marks=()
+            if variant == "plain" or schedule == "warmup_stable_decay"
+            else pytest.mark.slow,
+        )
+        for schedule in SCHEDULES
+        for variant in VARIANTS
+    ],
+)
 def test_a_forked_trial_equals_the_unshared_one(
     make: Make, tmp_path: Path, schedule: str, variant: str
 ) -> None:
