@@ -212,9 +212,25 @@ def test_a_promotion_shows_its_log_and_is_refused_twice(
         dialog.get_by_role("button", name="Promote").click()
         page.wait_for_selector("#ask-error >> text=another promotion is running")
     dialog.get_by_role("button", name="Promote").click()
-    page.wait_for_selector("#trial-waiting >> text=Trial 1 is being promoted")
     page.wait_for_selector("text=The promotion of trial 1 failed", timeout=60_000)
     assert "no adapter is there" in page.inner_text("#trial-waiting pre")
+
+
+def test_a_running_promotion_is_named_and_no_other_begins(paths: SweepPaths) -> None:
+    promotions = Promotions()
+    promotions.start(paths, 1)
+    state = promotions.state(paths)
+    assert state is not None and state.is_running
+    assert state.text == "Trial 1 is being promoted."
+    with pytest.raises(SweepError, match="another promotion is running"):
+        promotions.start(paths, 1)
+    deadline = time.monotonic() + 60
+    while state.is_running and time.monotonic() < deadline:
+        time.sleep(0.1)
+        state = promotions.state(paths)
+        assert state is not None
+    assert (state.text, state.is_running) == ("The promotion of trial 1 failed.", False)
+    assert "no adapter is there" in state.log
 
 
 def test_what_is_not_complete_is_not_promoted(paths: SweepPaths) -> None:
