@@ -1,12 +1,13 @@
 """The packed engine beside TRL's SFTTrainer: same model, data, settings and threads, a process each.
 
     python -m benchmarks.engine                 all cases, about 12 minutes on 2 cores
-    python -m benchmarks.engine --cases main    one of: main, short_answers, mixed_lengths, 4bit
+    python -m benchmarks.engine --cases main    one of: main, short_answers, mixed_lengths, 4bit, large
     python -m benchmarks.engine --profile 8     where the time of a pack of eight goes
 
 Every engine of a case runs in turn, several rounds of it, and medians are kept: on a shared machine only
 ratios within one run mean anything. The share of the peak counts useful work only: the base's products once
-for every token that has to be computed, the head at supervised tokens, the adapters.
+for every token that has to be computed, the head at supervised tokens, the adapters. On a GPU all is in
+bfloat16, in more steps, and packs of a case share a process; its results stand apart (engine_gpu.json).
 """
 
 import argparse
@@ -21,67 +22,87 @@ import time
 from pathlib import Path
 from typing import Any
 
+from deploy.llama_cpp_wheel import has_gpu
+
 RESULTS = Path(__file__).with_name("results")
-ENGINES = ["trl", "k1", "k2", "k4", "k8", "k16"]
+WORK = Path("runs") / "benchmark_engine"
 CASES = {
-    "main": ENGINES,
-    "short_answers": ["trl", "k1", "k8"],
-    "mixed_lengths": ["trl", "k1", "k8"],
-    "4bit": ["trl", "k1", "k8"],
+    "cpu": {
+        "main": ["trl", "k1", "k2", "k4", "k8", "k16"],
+        "short_answers": ["trl", "k1", "k8"],
+        "mixed_lengths": ["trl", "k1", "k8"],
+        "4bit": ["trl", "k1", "k8"],
+    },
+    "gpu": {
+        "main": ["trl", "k1", "k2", "k4", "k8", "k16", "k32"],
+        "mixed_lengths": ["trl", "k1", "k8", "k16"],
+        "4bit": ["trl", "k1", "k8", "k16"],
+        "large": ["trl", "k1", "k4", "k8", "k16"],
+    },
 }
 TITLES = {
     "main": "Demo set, at most 256 tokens, batch 2, rank 16 on all linear layers",
     "short_answers": "Answers of 8 tokens: the head's work nearly vanishes",
     "mixed_lengths": "At most 512 tokens, batch 4: SFTTrainer pads to the longest",
     "4bit": "Main case over an NF4 base (bitsandbytes)",
+    "large": "Main case over a model of Llama 3.2 1B's shape, with random weights",
 }
-WARMUP_STEPS = 1
-STEPS = 6
+ON_GPU = has_gpu()
+DEVICE = "gpu" if ON_GPU else "cpu"
+WARMUP_STEPS = 4 if ON_GPU else 1
+STEPS = 20 if ON_GPU else 6
 SEED = 3407
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    cases = CASES[DEVICE]
+    parser.add_argument("--cases", nargs="+", choices=cases, default=list(cases))
     parser.add_argument("--rounds", type=int, default=3, help="repeats, of which medians are kept")
     parser.add_argument("--profile", type=int, metavar="K", help="trials of a pack to look into")
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
-        print(json.dumps(measure(*options.one)))
+        case, engines = options.one
+        print(json.dumps(measure(case, engines.split(","))))
         return
     if options.profile:
         print(profile(options.profile))
         return
-    file = RESULTS / "engine.json"
+    file = RESULTS / ("engine_gpu.json" if ON_GPU else "engine.json")
     results = json.loads(file.read_text()) if file.is_file() else {}
+    RESULTS.mkdir(exist_ok=True)
     for case in options.cases:
-        rounds: dict[str, list[dict[str, Any]]] = {engine: [] for engine in CASES[case]}
+        rounds: dict[str, list[dict[str, Any]]] = {engine: [] for engine in cases[case]}
         for number in range(options.rounds):
-            for engine, measured in rounds.items():
-                measured.append(in_process(case, engine))
-                print(f"{case} {engine} round {number + 1}: {measured[-1]}", flush=True)
+            for engines in processes(cases[case]):
+                for engine, numbers in in_process(case, engines).items():
+                    rounds[engine].append(numbers)
+                    print(f"{case} {engine} round {number + 1}: {numbers}", flush=True)
         results[case] = {
             engine: {key: statistics.median(one[key] for one in measured) for key in measured[0]}
             for engine, measured in rounds.items()
         }
-    RESULTS.mkdir(exist_ok=True)
-    file.write_text(json.dumps(results, indent=2) + "\n")
-    text = table(results)
-    (RESULTS / "engine.md").write_text(text)
-    print(f"\n{text}\n{file}")
+        file.write_text(json.dumps(results, indent=2) + "\n")
+        file.with_suffix(".md").write_text(table(results))
+    print(f"\n{table(results)}\n{file}")
 
 
-def in_process(case: str, engine: str) -> dict[str, Any]:
-    command = [sys.executable, "-m", "benchmarks.engine", "--one", case, engine]
+def processes(engines: list[str]) -> list[list[str]]:
+    """Which engines share a process: none where memory is the process's peak, packs where it is the GPU's."""
+    return [engines[:1], engines[1:]] if ON_GPU else [[engine] for engine in engines]
+
+
+def in_process(case: str, engines: list[str]) -> dict[str, dict[str, Any]]:
+    command = [sys.executable, "-m", "benchmarks.engine", "--one", case, ",".join(engines)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(f"{' '.join(command)} failed:\n{done.stdout}{done.stderr}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def measure(case: str, engine: str) -> dict[str, float]:
-    """Seconds a trial-step and what goes with it, of one engine in this process."""
+def measure(case: str, engines: list[str]) -> dict[str, dict[str, float]]:
+    """Seconds a trial-step and what goes with it, of engines in this process."""
     import torch
 
     from training.model import load_model, load_tokenizer
@@ -89,31 +110,62 @@ def measure(case: str, engine: str) -> dict[str, float]:
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     config = settings(case)
     model, train = load_model(config), examples(case, config)
-    before = peak_rss_gib()
-    if engine == "trl":
-        numbers = run_trl(config, model, train, load_tokenizer(config))
-    else:
-        numbers = run_packed(config, model, train, int(engine[1:]))
-    numbers["memory_gib"] = round(peak_rss_gib() - before, 3)
-    peak = peak_gflops(model.dtype)
-    numbers["peak_gflop_per_s"] = round(peak, 1)
-    if engine != "trl":
-        numbers["share_of_peak"] = round(
-            numbers.pop("gflop_per_trial_step") / numbers["s_per_trial_step"] / peak, 3
+    peak = peak_gflops(model)
+    measured = {}
+    for engine in engines:
+        before = peak_memory_gib(fresh=True)
+        if engine == "trl":
+            numbers = run_trl(config, model, train, load_tokenizer(config))
+        else:
+            numbers = run_packed(config, model, train, int(engine[1:]))
+        numbers["memory_gib"] = round(peak_memory_gib() - before, 3)
+        numbers["peak_gflop_per_s"] = round(peak, 1)
+        if engine != "trl":
+            numbers["share_of_peak"] = round(
+                numbers.pop("gflop_per_trial_step") / numbers["s_per_trial_step"] / peak, 3
+            )
+        measured[engine] = numbers
+    return measured
+
+
+def large_model() -> str:
+    """A directory with a model of Llama 3.2 1B's shape, made once."""
+    import torch
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    from training.config import TrialConfig
+    from training.model import load_tokenizer
+
+    directory = WORK / "llama-1b"
+    if not (directory / "config.json").is_file():
+        config = LlamaConfig(
+            vocab_size=128256,
+            hidden_size=2048,
+            intermediate_size=8192,
+            num_hidden_layers=16,
+            num_attention_heads=32,
+            num_key_value_heads=8,
+            head_dim=64,
+            tie_word_embeddings=True,
         )
-    return numbers
+        with torch.device("cuda" if ON_GPU else "cpu"):
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        load_tokenizer(TrialConfig()).save_pretrained(directory)
+        model.save_pretrained(directory)
+    return str(directory)
 
 
 def settings(case: str) -> Any:
     from training.config import TrialConfig
 
     values: dict[str, Any] = {
+        "model_name_or_path": large_model() if case == "large" else "demo",
         "max_length": 512 if case == "mixed_lengths" else 256,
         "per_device_train_batch_size": 4 if case == "mixed_lengths" else 2,
         "lora_r": 16,
         "seed": SEED,
         "max_steps": WARMUP_STEPS + STEPS,
-        "dtype": "float32",
+        "dtype": "auto",
         "load_in_4bit": case == "4bit",
     }
     return TrialConfig.from_dict(values)
@@ -153,6 +205,7 @@ def run_trl(config: Any, model: Any, train: Any, tokenizer: Any) -> dict[str, fl
 
     class Clock(TrainerCallback):
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            wait_for_device()
             times.append(time.perf_counter())
 
     with tempfile.TemporaryDirectory() as directory:
@@ -191,10 +244,13 @@ def run_packed(config: Any, model: Any, train: Any, slots: int) -> dict[str, flo
         for _ in range(WARMUP_STEPS):
             engine.step()
         engine_module.build_row = counting
+        wait_for_device()
         times = [time.perf_counter()]
         for _ in range(STEPS):
             engine.step()
-            times.append(time.perf_counter())
+        wait_for_device()
+        times.append(time.perf_counter())
+        engine_module.build_row = build_row
         adapter = engine.trials[0].adapter.weights.numel()
         linear = sum(
             layer.in_features * layer.out_features
@@ -281,21 +337,42 @@ def per_step(times: list[float], num_tokens: int, slots: int = 1) -> dict[str, f
     }
 
 
-def peak_gflops(dtype: Any) -> float:
-    """Sustained rate of a product of this model's size, in the same process."""
+def peak_gflops(model: Any) -> float:
+    """Sustained rate of a product as of this model's widest layer, in the same process."""
     import torch
 
-    x, weight = torch.randn(1024, 576).to(dtype), torch.randn(1536, 576).to(dtype)
+    config = model.config.get_text_config()
+    shape = {"dtype": model.dtype, "device": model.device}
+    x = torch.randn(8192 if ON_GPU else 1024, config.hidden_size).to(**shape)
+    weight = torch.randn(config.intermediate_size, config.hidden_size).to(**shape)
     torch.nn.functional.linear(x, weight)
+    wait_for_device()
     number, started = 0, time.perf_counter()
     while time.perf_counter() - started < 1:
-        torch.nn.functional.linear(x, weight)
-        number += 1
+        for _ in range(200 if ON_GPU else 1):
+            torch.nn.functional.linear(x, weight)
+        wait_for_device()
+        number += 200 if ON_GPU else 1
     return 2 * x.numel() * len(weight) * number / (time.perf_counter() - started) / 1e9
 
 
-def peak_rss_gib() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+def wait_for_device() -> None:
+    import torch
+
+    if ON_GPU:
+        torch.cuda.synchronize()
+
+
+def peak_memory_gib(*, fresh: bool = False) -> float:
+    """The process's peak so far, or on a GPU that of its tensors since the last `fresh` one."""
+    import torch
+
+    if not ON_GPU:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    if fresh:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    return torch.cuda.max_memory_allocated() / 2**30
 
 
 def table(results: dict[str, dict[str, dict[str, float]]]) -> str:

@@ -75,8 +75,15 @@ def build_wheel(version: str) -> int:
 
 
 def cmake_arguments() -> str:
-    """llama.cpp without its image and TLS parts; with CUDA where a GPU and nvcc are there."""
+    """llama.cpp without its image and TLS parts; with CUDA where a GPU and nvcc are there.
+
+    And without AMX: GCC 12's `_tile_loadconfig` tells the compiler of the first 8 bytes of 64 that it reads,
+    and where the others' stores are dropped the first batch of a quantised model ends in a segmentation
+    fault (github.com/ggml-org/llama.cpp/issues/20824, found here at `ldtilecfg`).
+    """
     arguments = ["-DLLAVA_BUILD=OFF", "-DLLAMA_OPENSSL=OFF"]
+    if "amx_int8" in _cpu_flags().split():
+        arguments.append("-DCMAKE_CXX_FLAGS=-mno-amx-int8")
     if has_gpu() and shutil.which("nvcc"):
         arguments.append("-DGGML_CUDA=on")
     return " ".join([*arguments, *os.environ.get("CMAKE_ARGS", "").split()])

@@ -238,3 +238,12 @@ def test_a_package_that_pip_was_killed_in_is_installed_again(
     bootstrap._drop_half_installed()
 
     assert [path.name for path in tmp_path.glob("*.dist-info")] == ["whole-1.dist-info"]
+
+
+def test_amx_is_left_out_where_the_cpu_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """GCC 12 compiles llama.cpp's tile setting to a crash."""
+    monkeypatch.delenv("CMAKE_ARGS", raising=False)
+    monkeypatch.setattr(llama_cpp_wheel, "_cpu_flags", lambda: "amx_int8 avx2")
+    assert "-DCMAKE_CXX_FLAGS=-mno-amx-int8" in llama_cpp_wheel.cmake_arguments().split()
+    monkeypatch.setattr(llama_cpp_wheel, "_cpu_flags", lambda: "avx2 avx512f")
+    assert "amx" not in llama_cpp_wheel.cmake_arguments()
