@@ -1,5 +1,6 @@
 """Grouped LoRA products against sliced ones, on tiny models, and against what the CUDA kernel demands."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,7 @@ def test_trials_of_one_shape_and_unlike_scalings_equal_sliced_ones(
     expected = run_sliced(ONE_SHAPE, tmp_path)
     assert calls == []
     assert_all_equal(run_grouped(ONE_SHAPE, tmp_path), expected)
-    assert set(calls) == {3}
+    assert set(calls) == {3, 1}  # steps, and evaluations
 
 
 def gradients(settings: list[dict[str, Any]]) -> list[torch.Tensor]:
@@ -92,16 +93,18 @@ def gradients(settings: list[dict[str, Any]]) -> list[torch.Tensor]:
             torch.nn.init.normal_(trial.adapter.weights, std=0.1)
         engine.backward(trials)
         engine.backward(trials)
-        return [part for trial in trials for part in trial.adapter.gradients()]
+        sizes = [[math.prod(shape) for _, shape in trial.adapter.layout] for trial in trials]
+        grads = [trial.adapter.gradient() for trial in trials]
+        return [part for grad, each in zip(grads, sizes, strict=True) for part in grad.split(each)]
 
 
 @pytest.mark.parametrize(
     ("settings", "grouped"),
     [
         (ODD_SCALINGS, {3}),
-        ([{"lora_r": 8}, {"lora_r": 8, "lora_dropout": 0.5}, {"lora_r": 8}, {"lora_r": 8}], {2}),
-        ([{"lora_r": 8}, {"lora_r": 8, "lora_target_modules": ["v_proj"]}, {"lora_r": 8}], set()),
-        ([{"lora_r": 8}, {"lora_r": 4, "lora_target_modules": ["up_proj"]}, {"lora_r": 8}], set()),
+        ([{"lora_r": 8}, {"lora_r": 8, "lora_dropout": 0.5}, {"lora_r": 8}, {"lora_r": 8}], {1, 2}),
+        ([{"lora_r": 8}, {"lora_r": 8, "lora_target_modules": ["v_proj"]}, {"lora_r": 8}], {1}),
+        ([{"lora_r": 8}, {"lora_r": 4, "lora_target_modules": ["up_proj"]}, {"lora_r": 8}], {1}),
     ],
     ids=["odd scalings", "dropout between", "other modules between", "others elsewhere between"],
 )
@@ -132,10 +135,10 @@ def test_of_a_mixed_pack_those_of_one_shape_are_grouped(calls: list[int], tmp_pa
     ]
     expected = run_sliced(mixed, tmp_path)
     assert_all_equal(run_grouped(mixed, tmp_path), expected)
-    assert set(calls) == {2}  # the first and the fourth, though others are admitted between them
+    assert max(calls) == 2  # the first and the fourth, though others are admitted between them
 
 
-def test_trials_of_unlike_modules_are_grouped_where_they_meet(
+def test_trials_of_the_same_modules_are_grouped_among_others(
     calls: list[int], tmp_path: Path
 ) -> None:
     subsets: list[dict[str, Any]] = [
@@ -147,7 +150,7 @@ def test_trials_of_unlike_modules_are_grouped_where_they_meet(
     ]
     expected = run_sliced(subsets, tmp_path)
     assert_all_equal(run_grouped(subsets, tmp_path), expected)
-    assert {2, 3} <= set(calls)  # q and v of two; down of three
+    assert max(calls) == 2  # the first and the third
 
 
 def test_recomputed_activations_are_grouped_too(calls: list[int], tmp_path: Path) -> None:
@@ -281,7 +284,7 @@ def test_the_doctor_checks_grouped_products_where_they_are_taken(
     model = make_model(max_position_embeddings=128)
     assert doctor.check_exactness(make_config(), model) == []
     assert "grouped products" in capsys.readouterr().out
-    assert set(calls) == {2}
+    assert max(calls) == 2
     monkeypatch.setattr(
         functional, "grouped_mm", lambda a, b, *, offs: grouped_mm(a, b, offs=offs) * 2
     )

@@ -120,15 +120,17 @@ class PackedEngine:
                 trial.forget_step()
             raise
         sums = _sum_by(row.sequence_N, (loss_N * row.weight_N).double(), row.num_sequences)
-        results, first = [], 0
+        complete, first = [], 0
         for trial, part in zip(trials, parts, strict=True):
             last = first + len(part.sequences)
             num_tokens = sum(len(tokens) for tokens, _ in part.sequences)
-            result = trial.took(float(sums[first:last].sum()), num_tokens)
-            if result is not None:
-                results.append((trial, result))
+            if trial.took(float(sums[first:last].sum()), num_tokens):
+                complete.append(trial)
             first = last
-        return results
+        if not complete:
+            return []
+        norms = torch.stack([trial.adapter.gradient_norm() for trial in complete]).tolist()
+        return [(trial, trial.update(norm)) for trial, norm in zip(complete, norms, strict=True)]
 
     def evaluate(self, trial: TrialState | None, examples: Examples) -> pd.DataFrame:
         """Held-out loss of every example, as `training.evaluate.example_losses` gives it.
@@ -221,11 +223,13 @@ class PackedEngine:
             hidden_ND = self._hidden_states(row)[row.predict_N]
             loss, loss_N = weighted_loss(self.model, hidden_ND, row.target_N, row.weight_N)
             loss.backward()
+        self.lora.add_grads(row)
         return row, loss_N
 
     def _hidden_states(self, row: Row) -> torch.Tensor:
         """The backbone's last hidden states, [T, D]."""
         backbone: Any = self.model.base_model
+        self.lora.prepare(row)
         with current(row):
             output = backbone(
                 input_ids=row.ids_T[None], position_ids=row.positions_T[None], use_cache=False

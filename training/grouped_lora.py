@@ -1,20 +1,21 @@
 """The LoRA products of several trials in one launch each, through `torch.nn.functional.grouped_mm`.
 
 Slice by slice, K trials cost K small products for each A and each B: on a GPU it is launching them that takes
-the time. Where adjoining stretches of a row belong to trials of one shape (a `Run`), `forward` and `backward`
-compute all of them together; `training.packed_lora` slices the rest.
-Tested on the CPU against the slices; NOT MEASURED and never run on a GPU, as there was none.
+the time. Where adjoining stretches of a row belong to trials of one shape (a `Run` with a `Stack`), `forward`
+and `backward` compute all of them together; `training.packed_lora` slices the rest. Weights are laid side by
+side and rounded once a row, and gradients added to the trials' own once a row, not in each layer.
 
 What `grouped_mm` of torch 2.13 demands (its GroupedMMUtils.h, GroupedBlas.cpp and GroupMMCommon.cuh):
 bfloat16 and compute capability 9 or 10, or else it waits for the device and loops; strides and addresses
 that are multiples of 16 bytes; where tokens are what is summed over, a left operand that is column-major and
 a right one that is row-major, or else each stretch would have to be a multiple of 8 tokens.
 
-T tokens of the row, t of a run, K its trials, D input and O output features, R rank, M members of a group.
+T tokens of the row, t of a run, K its trials, P parameters of an adapter, D input and O output features,
+R rank, M members of a group.
 """
 
-import functools
 import itertools
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -43,10 +44,10 @@ class Share:
     rank: int
     scaling: float
     dropout: float
-
-    @property
-    def members(self) -> list[int]:
-        return [member for member, *_ in self.b]
+    span: slice
+    """Where A stands in the adapter's vector."""
+    spans: list[slice]
+    """Where each Bᵀ does."""
 
     def columns(self, place: int) -> slice:
         """Where the R columns of the member in this place stand among those of all."""
@@ -54,32 +55,107 @@ class Share:
 
 
 @dataclass(slots=True)
+class Stack:
+    """The adapters of a run side by side, for all layers and both passes of one row."""
+
+    weights_KP: torch.Tensor
+    """In the activations' dtype; B's are times the trial's scaling already."""
+    grads_KP: torch.Tensor
+    """Float32; each layer writes its part in the backward pass."""
+    factor_KP: torch.Tensor
+    """What the weights were multiplied with, [1, P] or [K, P]: 1 for A's, the scaling for B's."""
+    ends_K: torch.Tensor
+    """Where each stretch ends in the run, int32."""
+
+    def weights(self, span: slice, rows: int) -> torch.Tensor:
+        """[K, rows, span / rows]."""
+        return self.weights_KP[:, span].unflatten(1, (rows, -1))
+
+    def put_grad(self, span: slice, grad: torch.Tensor) -> None:
+        """Takes a gradient of such weights."""
+        self.grads_KP[:, span].unflatten(1, grad.shape[1:]).copy_(grad)
+
+    def add_grads(self, totals: list[torch.Tensor]) -> None:
+        """totals[k] += the k-th trial's gradient [P]."""
+        grads = self.grads_KP.mul_(self.factor_KP).unbind()
+        torch._foreach_add_(totals, list(grads))  # pyright: ignore[reportPrivateImportUsage]
+
+
+@dataclass(slots=True)
 class Run:
-    """Adjoining stretches of a row that are multiplied together, or a single one."""
+    """Adjoining stretches of a row whose adapters are multiplied together, or a single one."""
 
     start: int
     ends: list[int]
     """Where each stretch ends in the row; the next one begins there."""
-    shares: list[Share]
+    adapters: list[str]
     """Each stretch's."""
     seed: int | None = None
     """Of a single stretch's dropout masks; None where nothing is dropped."""
+    stack: Stack | None = None
+    """None for a single stretch that is sliced."""
 
     @property
     def rows(self) -> slice:
         return slice(self.start, self.ends[-1])
 
-    def can_take(self, share: Share, start: int, dtype: torch.dtype) -> bool:
-        """Whether a stretch without dropout may join: it adjoins, and is of this shape, which is aligned."""
-        ours = self.shares[0]
-        return (
-            self.seed is None
-            and self.ends[-1] == start
-            and (ours.rank, ours.members) == (share.rank, share.members)
-            and is_aligned(
-                [ours.rank, ours.a.shape[1], *(b_RO.shape[1] for _, b_RO, _ in ours.b)], dtype
-            )
-        )
+
+def find_runs(row: Row, shapes: dict[str, object], is_grouped: bool) -> list[Run]:
+    """The row's stretches that have an adapter; those that may be multiplied together in one run.
+
+    Args:
+        row: where they are.
+        shapes: what adapters of one run have in common, by their name; None is never grouped.
+        is_grouped: whether any are.
+    """
+    runs: list[Run] = []
+    for stretch in row.stretches:
+        if stretch.adapter is None:
+            continue
+        seed = row.dropout_seeds.get(stretch.adapter)
+        shape = shapes[stretch.adapter]
+        last = runs[-1] if runs and is_grouped and seed is None and shape is not None else None
+        if (
+            last is not None
+            and last.seed is None
+            and last.ends[-1] == stretch.start
+            and shapes[last.adapters[0]] == shape
+        ):
+            last.ends.append(stretch.end)
+            last.adapters.append(stretch.adapter)
+        else:
+            runs.append(Run(stretch.start, [stretch.end], [stretch.adapter], seed))
+    return runs
+
+
+def make_stack(
+    run: Run,
+    weights: list[torch.Tensor],
+    scalings: list[float],
+    is_b_P: torch.Tensor,
+    dtype: torch.dtype,
+    *,
+    with_grads: bool,
+) -> Stack:
+    """The run's adapters side by side.
+
+    Args:
+        run: K stretches.
+        weights: each adapter's vector, [P], float32.
+        scalings: each adapter's.
+        is_b_P: which parameters are B's.
+        dtype: of the activations.
+        with_grads: whether there will be a backward pass.
+    """
+    device = is_b_P.device
+    different = scalings if len(set(scalings)) > 1 else scalings[:1]
+    scaling_K1 = torch.tensor(different, device=device)[:, None]
+    factor_KP = torch.where(is_b_P, scaling_K1, 1.0)
+    weights_KP = torch.stack(weights)
+    ends_K = torch.tensor([end - run.start for end in run.ends], dtype=torch.int32, device=device)
+    # Zeros, since a layer that a forward pass leaves out writes nothing.
+    grads_KP = torch.zeros_like(weights_KP if with_grads else weights_KP[:, :0])
+    return Stack(weights_KP.mul_(factor_KP).to(dtype), grads_KP, factor_KP, ends_K)
 
 
 def is_taken(device: torch.device, dtype: torch.dtype) -> bool:
@@ -96,84 +172,72 @@ def is_taken(device: torch.device, dtype: torch.dtype) -> bool:
     )
 
 
-def find_runs(row: Row, shares: dict[str, Share], x_TD: torch.Tensor) -> list[Run]:
-    """The row's stretches whose adapter has a share of a group; those that can be grouped, in one run."""
-    is_grouped = is_taken(x_TD.device, x_TD.dtype)
-    runs: list[Run] = []
-    for stretch in row.stretches:
-        share = shares.get(stretch.adapter) if stretch.adapter else None
-        if share is None:
-            continue
-        seed = row.dropout_seeds.get(stretch.adapter or "")
-        last = runs[-1] if runs and is_grouped and seed is None else None
-        if last is not None and last.can_take(share, stretch.start, x_TD.dtype):
-            last.ends.append(stretch.end)
-            last.shares.append(share)
-        else:
-            runs.append(Run(stretch.start, [stretch.end], [share], seed))
-    return runs
-
-
-def is_aligned(sizes: list[int], dtype: torch.dtype) -> bool:
+def is_aligned(sizes: Iterable[int], dtype: torch.dtype) -> bool:
     """Whether rows of each of these sizes are multiples of 16 bytes."""
     return all(size * dtype.itemsize % 16 == 0 for size in sizes)
 
 
-def forward(run: Run, x_TD: torch.Tensor, outputs_TO: list[torch.Tensor]) -> torch.Tensor:
+def forward(
+    run: Run, stack: Stack, share: Share, x_TD: torch.Tensor, outputs_TO: list[torch.Tensor]
+) -> torch.Tensor:
     """Adds the run's products to its rows of the outputs.
 
     Args:
-        run: two or more stretches.
+        run: its stretches.
+        stack: their adapters.
+        share: any of these adapters' share of the group: they are of one shape.
         x_TD: the group's input, [T, D].
         outputs_TO: the output of each layer of the group, [T, O]; changed.
 
     Returns:
         x Aᵀ of all members side by side, which `backward` needs: [t, M·R].
     """
-    offs_K = _offsets(run, x_TD.device)
-    a_KRD = _stack_a(run, x_TD.dtype)
-    h_tR = functional.grouped_mm(x_TD[run.rows].contiguous(), a_KRD.transpose(1, 2), offs=offs_K)
-    for place, member in enumerate(run.shares[0].members):
-        b_KRO = _stack_b(run, place, x_TD.dtype)
-        up_tO = functional.grouped_mm(h_tR[:, run.shares[0].columns(place)], b_KRO, offs=offs_K)
+    a_KRD = stack.weights(share.span, len(share.a))
+    h_tR = functional.grouped_mm(
+        x_TD[run.rows].contiguous(), a_KRD.transpose(1, 2), offs=stack.ends_K
+    )
+    for place, ((member, *_), span) in enumerate(zip(share.b, share.spans, strict=True)):
+        b_KRO = stack.weights(span, share.rank)
+        up_tO = functional.grouped_mm(h_tR[:, share.columns(place)], b_KRO, offs=stack.ends_K)
         outputs_TO[member][run.rows].add_(up_tO)
     return h_tR
 
 
 def backward(
     run: Run,
+    stack: Stack,
+    share: Share,
     h_tR: torch.Tensor,
     x_TD: torch.Tensor,
     grads_TO: list[torch.Tensor],
     grad_TD: torch.Tensor | None,
 ) -> None:
-    """Adds to the gradients of each share's A and B, and to the input's where it is wanted.
+    """Gives the stack the gradients of A and B, and adds the input's where it is wanted.
 
     Args:
         run: as in `forward`.
+        stack: likewise.
+        share: likewise.
         h_tR: what `forward` returned, [t, M·R].
         x_TD: the group's input, [T, D].
         grads_TO: the gradient of each layer's output, [T, O].
         grad_TD: the gradient of the input, [T, D], or None; changed.
     """
-    offs_K = _offsets(run, x_TD.device)
     grad_members = []
-    for place, member in enumerate(run.shares[0].members):
+    for place, ((member, *_), span) in enumerate(zip(share.b, share.spans, strict=True)):
         grad_tO = grads_TO[member][run.rows].contiguous()
-        b_KRO = _stack_b(run, place, x_TD.dtype)
-        grad_members.append(functional.grouped_mm(grad_tO, b_KRO.transpose(1, 2), offs=offs_K))
-        grad_b_KRO = functional.grouped_mm(
-            h_tR[:, run.shares[0].columns(place)].T, grad_tO, offs=offs_K
+        b_KRO = stack.weights(span, share.rank)
+        grad_members.append(
+            functional.grouped_mm(grad_tO, b_KRO.transpose(1, 2), offs=stack.ends_K)
         )
-        grad_b_KRO = grad_b_KRO.float() * _scaling(run, x_TD.device)
-        _add_each([share.b[place][2] for share in run.shares], grad_b_KRO)
+        h_tr = h_tR[:, share.columns(place)]
+        stack.put_grad(span, functional.grouped_mm(h_tr.T, grad_tO, offs=stack.ends_K))
     grad_tR = torch.cat(grad_members, 1)
     x_tD = x_TD[run.rows].contiguous()
-    grad_a_KRD = functional.grouped_mm(grad_tR.T, x_tD, offs=offs_K)
-    _add_each([share.grad_a for share in run.shares], grad_a_KRD.float())
+    stack.put_grad(share.span, functional.grouped_mm(grad_tR.T, x_tD, offs=stack.ends_K))
     if grad_TD is not None:
-        a_KRD = _stack_a(run, x_TD.dtype)
-        grad_TD[run.rows].add_(functional.grouped_mm(grad_tR, a_KRD, offs=offs_K))
+        a_KRD = stack.weights(share.span, len(share.a))
+        grad_TD[run.rows].add_(functional.grouped_mm(grad_tR, a_KRD, offs=stack.ends_K))
 
 
 def find_fault(
@@ -190,18 +254,30 @@ def find_fault(
     Returns:
         What is wrong on this machine, in words; None where nothing is.
     """
-    run, x_TD, grads_TO = _random_run(features, outputs, device, dtype)
+    run, shares, scalings, x_TD, grads_TO = _random_run(features, outputs, device, dtype)
     outputs_TO = [torch.zeros_like(grad_TO) for grad_TO in grads_TO]
     grad_TD = torch.zeros_like(x_TD)
+    weights = [
+        torch.cat([share.a.flatten(), *(b_RO.flatten() for _, b_RO, _ in share.b)])
+        for share in shares
+    ]
+    is_b_P = torch.arange(len(weights[0]), device=device) >= shares[0].a.numel()
+    totals = [torch.zeros_like(vector) for vector in weights]
     try:
-        backward(run, forward(run, x_TD, outputs_TO), x_TD, grads_TO, grad_TD)
+        stack = make_stack(run, weights, scalings, is_b_P, dtype, with_grads=True)
+        h_tR = forward(run, stack, shares[0], x_TD, outputs_TO)
+        backward(run, stack, shares[0], h_tR, x_TD, grads_TO, grad_TD)
+        stack.add_grads(totals)
     except RuntimeError as error:  # a build of torch or a GPU that lacks the kernel
         return str(error).partition("\n")[0]
     ours = [*outputs_TO, grad_TD]
-    for share in run.shares:
-        ours += [share.grad_a, *(grad_b_RO for *_, grad_b_RO in share.b)]
+    for share, total in zip(shares, totals, strict=True):
+        for span, like in zip(
+            [share.span, *share.spans], [share.a, *(b for _, b, _ in share.b)], strict=True
+        ):
+            ours.append(total[span].view_as(like))
     tolerance = 1e-3 if dtype == torch.float32 else 5e-2
-    for found, expected in zip(ours, _one_by_one(run, x_TD, grads_TO), strict=True):
+    for found, expected in zip(ours, _one_by_one(run, shares, x_TD, grads_TO), strict=True):
         difference = float((found.float() - expected).abs().max() / expected.abs().max())
         if not difference <= tolerance:  # NaN is not
             return f"they differ by {difference:.1e}"
@@ -210,31 +286,38 @@ def find_fault(
 
 def _random_run(
     features: int, outputs: list[int], device: torch.device, dtype: torch.dtype
-) -> tuple[Run, torch.Tensor, list[torch.Tensor]]:
-    """Three trials of unlike lengths and scalings, an input and the outputs' gradients."""
+) -> tuple[Run, list[Share], list[float], torch.Tensor, list[torch.Tensor]]:
+    """Three trials of unlike lengths and scalings, their shares, an input and the outputs' gradients."""
     generator = torch.Generator(device).manual_seed(0)
 
     def draw(rows: int, columns: int) -> torch.Tensor:
         return torch.randn(rows, columns, generator=generator, device=device)
 
-    rank, ends = 16, [37, 38, 61]
+    rank, ends, scalings = 16, [37, 38, 61], [2.0, 0.5, 1.3]
     shares = []
-    for scaling in (2.0, 0.5, 1.3):
+    for scaling in scalings:
         a = draw(len(outputs) * rank, features) / features**0.5
         b = [draw(rank, size) / rank**0.5 for size in outputs]
+        places = list(itertools.accumulate([a.numel(), *(b_RO.numel() for b_RO in b)]))
+        spans = [slice(*pair) for pair in itertools.pairwise(places)]
         pairs = [(member, b_RO, torch.zeros_like(b_RO)) for member, b_RO in enumerate(b)]
-        shares.append(Share(a, torch.zeros_like(a), pairs, rank, scaling, 0.0))
+        shares.append(
+            Share(a, torch.zeros_like(a), pairs, rank, scaling, 0.0, slice(0, a.numel()), spans)
+        )
     x_TD = draw(ends[-1], features).to(dtype)
-    return Run(0, ends, shares), x_TD, [draw(ends[-1], size).to(dtype) for size in outputs]
+    run = Run(0, ends, [f"t{number}" for number in range(len(ends))])
+    return run, shares, scalings, x_TD, [draw(ends[-1], size).to(dtype) for size in outputs]
 
 
-def _one_by_one(run: Run, x_TD: torch.Tensor, grads_TO: list[torch.Tensor]) -> list[torch.Tensor]:
+def _one_by_one(
+    run: Run, shares: list[Share], x_TD: torch.Tensor, grads_TO: list[torch.Tensor]
+) -> list[torch.Tensor]:
     """Outputs [T, O], the input's gradient [T, D], then each share's gradients of A and B: in float32."""
     with torch.enable_grad():
         x_TD = x_TD.float().requires_grad_()
         weights, parts = [], []
         for share, (start, end) in zip(
-            run.shares, itertools.pairwise([run.start, *run.ends]), strict=True
+            shares, itertools.pairwise([run.start, *run.ends]), strict=True
         ):
             a = share.a.clone().requires_grad_()
             b = [b_RO.clone().requires_grad_() for _, b_RO, _ in share.b]
@@ -246,40 +329,3 @@ def _one_by_one(run: Run, x_TD: torch.Tensor, grads_TO: list[torch.Tensor]) -> l
             outputs_TO, [x_TD, *weights], [grad_TO.float() for grad_TO in grads_TO]
         )
     return [*(output_TO.detach() for output_TO in outputs_TO), *grads]
-
-
-def _stack_a(run: Run, dtype: torch.dtype) -> torch.Tensor:
-    """[K, M·R, D]."""
-    return torch.stack([share.a for share in run.shares]).to(dtype)
-
-
-def _stack_b(run: Run, place: int, dtype: torch.dtype) -> torch.Tensor:
-    """Bᵀ of one member, each trial's already times its scaling: [K, R, O]."""
-    b_KRO = torch.stack([share.b[place][1] for share in run.shares])
-    return b_KRO.mul_(_scaling(run, b_KRO.device)).to(dtype)
-
-
-def _add_each(totals: list[torch.Tensor], values: torch.Tensor) -> None:
-    """totals[k] += values[k], in one launch; all float32."""
-    torch._foreach_add_(totals, list(values.unbind()))  # pyright: ignore[reportPrivateImportUsage]
-
-
-def _offsets(run: Run, device: torch.device) -> torch.Tensor:
-    """Where each stretch ends in the run, [K]; torch's own tests let the last one be the run's end too."""
-    return _end_tensor(tuple(end - run.start for end in run.ends), device)
-
-
-def _scaling(run: Run, device: torch.device) -> torch.Tensor:
-    """[K, 1, 1]."""
-    return _scaling_tensor(tuple(share.scaling for share in run.shares), device)
-
-
-# Both are the same in every layer of a step: copied to the device once, not once a layer.
-@functools.lru_cache(maxsize=64)
-def _end_tensor(ends: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    return torch.tensor(ends, dtype=torch.int32, device=device)
-
-
-@functools.lru_cache(maxsize=64)
-def _scaling_tensor(scalings: tuple[float, ...], device: torch.device) -> torch.Tensor:
-    return torch.tensor(scalings, device=device)[:, None, None]

@@ -46,12 +46,32 @@ class Adapter:
     """[P], float32; `weights.grad` is always there, and backward passes add to it."""
     layout: list[tuple[str, tuple[int, ...]]]
     """Name and shape of each layer's A or B, in the order in which they stand in `weights`."""
+    shape: tuple[int, tuple[str, ...]]
+    """Rank and adapted layers: adapters that agree in it have the same layout."""
 
-    def gradients(self) -> tuple[torch.Tensor, ...]:
-        """The gradient of each matrix. Their norms are summed, not those of millions of single values:
-        float32 loses too many of the small ones in one long sum."""
+    @property
+    def scaling(self) -> float:
+        """Factor of B A x."""
+        rank = self.config.r
+        return self.config.lora_alpha / (math.sqrt(rank) if self.config.use_rslora else rank)
+
+    def gradient(self) -> torch.Tensor:
+        """[P]."""
         assert self.weights.grad is not None
-        return self.weights.grad.split([math.prod(shape) for _, shape in self.layout])
+        return self.weights.grad
+
+    def gradient_norm(self) -> torch.Tensor:
+        """Of all of the gradient; does not wait for the device.
+
+        On a CPU matrices' norms are summed, not those of millions of single values: float32 loses too many
+        of the small ones in one long sum, which a GPU does not do.
+        """
+        grad_P = self.gradient()
+        if grad_P.device.type != "cpu":
+            return torch.linalg.vector_norm(grad_P)
+        return torch.nn.utils.get_total_norm(
+            grad_P.split([math.prod(shape) for _, shape in self.layout])
+        )
 
 
 class _Group:
@@ -65,6 +85,12 @@ class _Group:
         # The tensor that the members are being called with, and what those not called yet return for it.
         self.input: torch.Tensor | None = None
         self.outputs: dict[int, torch.Tensor] = {}
+
+    def base(self, x_TD: torch.Tensor) -> list[torch.Tensor]:
+        """What each layer without adapters gives, [T, O]."""
+        if self.is_plain:  # without the time that calling a module takes
+            return [nn.functional.linear(x_TD, layer.weight, layer.bias) for layer in self.layers]
+        return [layer(x_TD) for layer in self.layers]
 
     def weight(self, index: int, dtype: torch.dtype) -> torch.Tensor:
         """Base weight [O, D], dequantised where it is 4-bit."""
@@ -103,6 +129,14 @@ class PackedLora:
             self.groups.append(group)
             for index, member in enumerate(members):
                 member.forward = functools.partial(_forward, group, index, self.anchor)
+        sizes = {
+            size
+            for group in self.groups
+            for layer in group.layers
+            for size in (layer.in_features, layer.out_features)
+        }
+        self._is_aligned = grouped_lora.is_aligned(sizes, model.dtype)
+        self._masks: dict[object, torch.Tensor] = {}
         model.requires_grad_(False)
 
     def add(self, name: str, config: LoraConfig, seed: int) -> Adapter:
@@ -196,7 +230,8 @@ class PackedLora:
         )
         weights = nn.Parameter(torch.zeros(size, device=self.model.device))
         weights.grad = torch.zeros_like(weights)
-        adapter = Adapter(name=name, config=config, weights=weights, layout=[])
+        shape = (rank, tuple(sorted(targets)))
+        adapter = Adapter(name=name, config=config, weights=weights, layout=[], shape=shape)
         flat, grad = weights.data, weights.grad
         place = 0
         for group, members in chosen:
@@ -210,17 +245,53 @@ class PackedLora:
             place = span.stop
             for row, n in enumerate(members):
                 self._put(adapter, group, n, "lora_A", a[row * rank : (row + 1) * rank])
-            b = []
+            b, spans = [], []
             for n in members:
-                span = slice(place, place + rank * group.layers[n].out_features)
+                spans.append(slice(place, place + rank * group.layers[n].out_features))
                 # Stored as [R, O]: its gradient is then one product with few rows, which is faster.
-                view, grad_view = (vector[span].view(rank, -1) for vector in (flat, grad))
-                place = span.stop
+                view, grad_view = (vector[spans[-1]].view(rank, -1) for vector in (flat, grad))
+                place = spans[-1].stop
                 self._put(adapter, group, n, "lora_B", view.T)
                 b.append((n, view, grad_view))
-            scaling = config.lora_alpha / (math.sqrt(rank) if config.use_rslora else rank)
-            group.shares[name] = Share(a, grad_a, b, rank, scaling, config.lora_dropout)
+            group.shares[name] = Share(
+                a, grad_a, b, rank, adapter.scaling, config.lora_dropout, span, spans
+            )
         return adapter
+
+    def prepare(self, row: Row) -> None:
+        """Finds which stretches of a row are multiplied together, and lays their adapters side by side."""
+        device, dtype = self.model.device, self.model.dtype
+        is_grouped = self._is_aligned and grouped_lora.is_taken(device, dtype)
+        shapes = {
+            name: adapter.shape if grouped_lora.is_aligned([adapter.config.r], dtype) else None
+            for name, adapter in self.adapters.items()
+        }
+        row.runs = grouped_lora.find_runs(row, shapes, is_grouped)
+        for run in row.runs:
+            adapters = [self.adapters[name] for name in run.adapters]
+            if is_grouped and run.seed is None and shapes[run.adapters[0]] is not None:
+                run.stack = grouped_lora.make_stack(
+                    run,
+                    [adapter.weights.detach() for adapter in adapters],
+                    [adapter.scaling for adapter in adapters],
+                    self._is_b(adapters[0]),
+                    dtype,
+                    with_grads=torch.is_grad_enabled(),
+                )
+
+    def add_grads(self, row: Row) -> None:
+        """Adds what the backward pass of a row gave to the adapters' gradients."""
+        for run in row.runs:
+            if run.stack is not None:
+                run.stack.add_grads([self.adapters[name].gradient() for name in run.adapters])
+
+    def _is_b(self, adapter: Adapter) -> torch.Tensor:
+        """Which of the adapter's parameters are B's, [P]; the same for all of one shape."""
+        if adapter.shape not in self._masks:
+            sizes = torch.tensor([math.prod(shape) for _, shape in adapter.layout])
+            letters = torch.tensor([name.endswith("lora_B") for name, _ in adapter.layout])
+            self._masks[adapter.shape] = letters.repeat_interleave(sizes).to(self.model.device)
+        return self._masks[adapter.shape]
 
     def _put(
         self, adapter: Adapter, group: _Group, member: int, letter: str, view: torch.Tensor
@@ -330,9 +401,12 @@ class _PackedLinear(torch.autograd.Function):
         ctx: Any, x: torch.Tensor, anchor: torch.Tensor, group: _Group, row: Row
     ) -> tuple[torch.Tensor, ...]:
         x_TD = x.reshape(-1, x.shape[-1])
-        outputs = [layer(x_TD) for layer in group.layers]
-        runs = grouped_lora.find_runs(row, group.shares, x_TD)
-        backwards = [_multiply(run, group, x_TD, outputs) for run in runs]
+        outputs = group.base(x_TD)
+        backwards = [
+            _multiply(run, group, group.shares[run.adapters[0]], x_TD, outputs)
+            for run in row.runs
+            if run.adapters[0] in group.shares
+        ]
         ctx.save_for_backward(x_TD)
         ctx.group, ctx.backwards, ctx.shape = group, backwards, x.shape
         return tuple(output.view(*x.shape[:-1], -1) for output in outputs)
@@ -355,13 +429,12 @@ class _PackedLinear(torch.autograd.Function):
 
 
 def _multiply(
-    run: Run, group: _Group, x_TD: torch.Tensor, outputs_TO: list[torch.Tensor]
+    run: Run, group: _Group, share: Share, x_TD: torch.Tensor, outputs_TO: list[torch.Tensor]
 ) -> Callable[..., None]:
     """Adds a run's products to the outputs, grouped or sliced; returns what does their backward."""
-    if len(run.shares) > 1:
-        h_tR = grouped_lora.forward(run, x_TD, outputs_TO)
-        return functools.partial(grouped_lora.backward, run, h_tR)
-    (share,) = run.shares
+    if run.stack is not None:
+        h_tR = grouped_lora.forward(run, run.stack, share, x_TD, outputs_TO)
+        return functools.partial(grouped_lora.backward, run, run.stack, share, h_tR)
     x_tD = x_TD[run.rows]
     masks = None if run.seed is None else _masks(share, group, x_tD, run.seed)
     h_tR = _down(share, x_tD, masks)

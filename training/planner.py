@@ -10,6 +10,7 @@ import numpy as np
 import psutil
 import torch
 
+from training import grouped_lora
 from training.config import TrialConfig
 from training.engine import PackedEngine, lora_config
 from training.examples import Examples
@@ -21,6 +22,9 @@ MOST_SLOTS = {"cpu": 8, "cuda": 16, "mps": 8}
 """More trials at once gain little: see docs/performance.md for the CPU; not measured on GPUs."""
 
 _BYTES_PER_PARAMETER = 16  # weight, gradient and two moments in float32
+_BYTES_PER_STACKED_PARAMETER = (
+    10  # besides, while a row is computed: weight twice, and its gradient
+)
 _PROBE_TOKENS = 64
 
 
@@ -39,7 +43,10 @@ class Plan:
 def plan_slots(engine: PackedEngine, config: TrialConfig, examples: Examples) -> Plan:
     """Measures one trial of `config` and divides the free memory by it; never fewer than one slot."""
     device = engine.model.device
-    adapter_bytes = _BYTES_PER_PARAMETER * num_adapter_parameters(engine, config)
+    bytes_per_parameter = _BYTES_PER_PARAMETER
+    if grouped_lora.is_taken(device, engine.model.dtype):
+        bytes_per_parameter += _BYTES_PER_STACKED_PARAMETER
+    adapter_bytes = bytes_per_parameter * num_adapter_parameters(engine, config)
     longest = np.sort(examples.lengths)[-config.per_device_train_batch_size :]
     trial_bytes = adapter_bytes + int(bytes_per_token(engine) * longest.sum())
     free = free_bytes(device)

@@ -69,6 +69,8 @@ class Row:
     num_sequences: int
     dropout_seeds: dict[str, int] = field(default_factory=dict)
     """Adapter -> seed of this row's dropout masks; empty when nothing is dropped."""
+    runs: list[Any] = field(default_factory=list)
+    """The `training.grouped_lora.Run`s of its stretches; found before the first layer."""
     attention_calls: int = 0
     """Layers that have attended so far."""
     variable_length: dict[str, Any] | None = None

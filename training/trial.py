@@ -90,25 +90,28 @@ class TrialState:
         text = f"{self.config.seed} {self.step} {self.micro}"
         return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=6).digest())
 
-    def took(self, loss_sum: float, num_tokens: int) -> StepResult | None:
-        """Counts a micro-batch whose gradient is in; updates the weights if it was the step's last."""
+    def took(self, loss_sum: float, num_tokens: int) -> bool:
+        """Counts a micro-batch whose gradient is in; whether it was the step's last."""
         self.micro += 1
         self.loss_sum += loss_sum
         self.num_tokens += num_tokens
-        if self.micro < len(self.order.micro_batches(self.step)):
-            return None
-        weights, config = self.adapter.weights, self.config
-        rate = learning_rate(config, self.step)
+        return self.micro == len(self.order.micro_batches(self.step))
+
+    def update(self, grad_norm: float) -> StepResult:
+        """Clips the step's gradient, whose norm this is, and changes the weights by it."""
+        rate = learning_rate(self.config, self.step)
         self.optimizer.param_groups[0]["lr"] = rate
-        limit = config.max_grad_norm or float("inf")
-        norm = torch.nn.utils.get_total_norm(self.adapter.gradients())
-        torch.nn.utils.clip_grads_with_norm_([weights], limit, norm)
+        limit = self.config.max_grad_norm or float("inf")
+        # As torch.nn.utils.clip_grads_with_norm_ has it; a norm that is not finite gives NaN, or zeros.
+        factor = limit / (grad_norm + 1e-6)
+        if not factor >= 1:
+            self.adapter.gradient().mul_(factor)
         self.optimizer.step()
         result = StepResult(
             step=self.step + 1,
             train_loss=self.loss_sum,
             learning_rate=rate,
-            grad_norm=float(norm),
+            grad_norm=grad_norm,
             num_tokens=self.num_tokens,
         )
         self.step += 1
@@ -117,6 +120,5 @@ class TrialState:
 
     def forget_step(self) -> None:
         """Back to the beginning of the next optimizer step."""
-        assert self.adapter.weights.grad is not None
-        self.adapter.weights.grad.zero_()
+        self.adapter.gradient().zero_()
         self.micro, self.loss_sum, self.num_tokens = 0, 0.0, 0
