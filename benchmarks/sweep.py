@@ -3,12 +3,16 @@
     python -m benchmarks.sweep                          three seeds, all ways: hours on 2 cores
     python -m benchmarks.sweep --seeds 3407 --ways a b  some of it; what is in the results is left out
     python -m benchmarks.sweep --scale gpu              the study that this began with, at full size
+    python -m benchmarks.sweep --scale gpu_demo --side_by_side 8 --ways a d --seeds 3407   minutes on a GPU
 
 (a) all 36 in turn, a script and so a process each, in plain TRL and PEFT; (b) packed; (c) with the stage
 tree; (d) with pruning besides, by rank confirmed by a test, and by rank alone (strict). (b) to (d) are whole
 commands: start, imports, model, evaluations and files are in their time. Model, examples, labels, seed,
 schedule and the steps of evaluations are the same in all. (a) finds its examples tokenised already, for
 nothing, and what this comparison alone needs, the last adapter's loss of each example, is not in its time.
+
+With `--side_by_side` one trial of each length is timed alone and stands for all of that length, which are
+then trained several at a time, for their losses.
 """
 
 import argparse
@@ -18,6 +22,7 @@ import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +70,15 @@ SCALES: dict[str, dict[str, Any]] = {
         "weight_decay": 0.01,
         "max_eval_samples": 256,
     },
+    "gpu_demo": {
+        **STUDY,
+        "max_steps": [50, 100, 200],
+        "warmup_steps": 5,
+        "eval_steps": 25,
+        "max_length": 256,
+        "per_device_train_batch_size": 4,
+        "max_eval_samples": 128,
+    },
     "smoke": {**STUDY, "max_steps": [2, 4], "lora_r": [8], "eval_steps": 2, "max_eval_samples": 8},
 }
 HYPERBAND = {"type": "hyperband", "min_iter": 2, "eta": 3}
@@ -75,18 +89,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--scale", choices=SCALES, default="cpu", help="what the trials are")
     parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
-    parser.add_argument("--ways", nargs="+", choices="abcd", default=list("abcd"))
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    parser.add_argument(
+        "--side_by_side", type=int, default=1, help="trials of (a) that train at once"
+    )
     parser.add_argument("--fresh", action="store_true", help="measure these seeds and ways again")
     parser.add_argument("--child", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
         run_child(*options.child)
         return
-    ways = [way for way in WAYS if way[0] in options.ways]
+    ways = [way for way in WAYS if way in options.ways]
     name = "sweep" if options.scale == "cpu" else f"sweep_{options.scale}"
     work = WORK / options.scale
     file = (work if options.scale == "smoke" else RESULTS) / f"{name}.json"
-    text = run(SCALES[options.scale], options.seeds, ways, file, work, fresh=options.fresh)
+    scale = SCALES[options.scale]
+    text = run(scale, options.seeds, ways, file, work, options.side_by_side, fresh=options.fresh)
     print(f"\n{text}\n{file}")
 
 
@@ -96,6 +114,7 @@ def run(
     ways: list[str],
     file: Path,
     work: Path,
+    side_by_side: int = 1,
     *,
     fresh: bool = False,
 ) -> str:
@@ -107,6 +126,7 @@ def run(
         ways: keys of WAYS.
         file: results, JSON.
         work: directory for the trials' files.
+        side_by_side: trials of (a) that train at once, after one of each length has been timed alone.
         fresh: measure what is there, too.
 
     Returns:
@@ -128,8 +148,11 @@ def run(
             shutil.rmtree(directory / way, ignore_errors=True)
         prepare_examples(scale, seed, directory)
         print(f"seed {seed} {way}: {WAYS[way]}", flush=True)
-        measure = measure_scripts if way == "a" else measure_sweep
-        measured[way] = measure(way, scale, seed, directory)
+        measured[way] = (
+            measure_scripts(way, scale, seed, directory, side_by_side)
+            if way == "a"
+            else measure_sweep(way, scale, seed, directory)
+        )
         compare(measured, directory)
         file.write_text(json.dumps(results, indent=1) + "\n")
         file.with_suffix(".md").write_text(table(results))
@@ -189,32 +212,36 @@ def save_examples(directory: Path) -> None:
 # (a): a user's scripts
 
 
-def measure_scripts(way: str, scale: dict[str, Any], seed: int, directory: Path) -> Result:
+def measure_scripts(
+    way: str, scale: dict[str, Any], seed: int, directory: Path, side_by_side: int
+) -> Result:
     """All trials in turn, a process each; those that an earlier start has finished are kept."""
-    trials: list[Result] = []
-    left = points(scale)
-    for number, point in enumerate(points(scale)):
-        trial, file = directory / way / f"{number:02d}", directory / way / f"{number:02d}.json"
-        if not file.is_file():
-            shutil.rmtree(trial, ignore_errors=True)
-            trial.mkdir(parents=True)
-            (trial / "config.json").write_text(json.dumps({**scale, **point, "seed": seed}))
-            started = time.time()
-            in_process("train", trial, started, log=trial / "log.txt")
-            ended = time.time()
-            measured = json.loads((trial / "measured.json").read_text())
-            measured["wall_clock_s"] = ended - started - measured.pop("scoring_s")
-            measured["end_s"] = ended - measured.pop("ended")
-            file.write_text(json.dumps(measured))
-            shutil.rmtree(trial / "adapter")
-        trials.append(json.loads(file.read_text()))
-        left.pop(0)
+    every = points(scale)
+    first = {point["max_steps"]: number for number, point in reversed(list(enumerate(every)))}
+    alone = [n for n in range(len(every)) if side_by_side == 1 or n in first.values()]
+    measured: dict[int, Result] = {}
+
+    def train(number: int) -> None:
+        settings = {**scale, **every[number], "seed": seed}
+        measured[number] = train_trial(directory / way / f"{number:02d}", settings)
+        left = [point for n, point in enumerate(every) if n not in measured]
+        trial = measured[number]
         print(
-            f"  {number + 1} of {number + 1 + len(left)}: {point_key(point)}: loss "
-            f"{trials[-1]['loss']:.4f}, {trials[-1]['wall_clock_s']:.1f} s, about "
-            f"{_seconds_left(trials, left) / 60:.0f} min left",
+            f"  {len(measured)} of {len(every)}: {point_key(every[number])}: loss "
+            f"{trial['loss']:.4f}, {trial['wall_clock_s']:.1f} s, about "
+            f"{_seconds_left(list(measured.values()), left) / side_by_side / 60:.0f} min left",
             flush=True,
         )
+
+    for number in alone:
+        train(number)
+    with ThreadPoolExecutor(side_by_side) as pool:
+        list(pool.map(train, [n for n in range(len(every)) if n not in alone]))
+    times = ["wall_clock_s", "end_s", "start_s", "load_s", "steps_s", "evaluations_s"]
+    trials = [measured[number] for number in range(len(every))]
+    for point, trial in zip(every, trials, strict=True):
+        if side_by_side > 1:
+            trial.update({name: measured[first[point["max_steps"]]][name] for name in times})
     losses = {point_key(p): t["loss"] for p, t in zip(points(scale), trials, strict=True)}
     winner = min(losses, key=losses.__getitem__)
     number = list(losses).index(winner)
@@ -230,6 +257,7 @@ def measure_scripts(way: str, scale: dict[str, Any], seed: int, directory: Path)
         "trial_steps": sum(trial["steps"] for trial in trials),
         "tokens": sum(trial["tokens"] for trial in trials),
         "num_pruned": 0,
+        "num_timed": len(alone),
         "winner": winner,
         "winner_loss": losses[winner],
         "losses": losses,
@@ -237,6 +265,24 @@ def measure_scripts(way: str, scale: dict[str, Any], seed: int, directory: Path)
             key: round(t["wall_clock_s"], 1) for key, t in zip(losses, trials, strict=True)
         },
     }
+
+
+def train_trial(trial: Path, settings: dict[str, Any]) -> Result:
+    """One of them, unless its file is there: its settings' loss, steps, tokens and times."""
+    file = trial.with_suffix(".json")
+    if not file.is_file():
+        shutil.rmtree(trial, ignore_errors=True)
+        trial.mkdir(parents=True)
+        (trial / "config.json").write_text(json.dumps(settings))
+        started = time.time()
+        in_process("train", trial, started, log=trial / "log.txt")
+        ended = time.time()
+        measured = json.loads((trial / "measured.json").read_text())
+        measured["wall_clock_s"] = ended - started - measured.pop("scoring_s")
+        measured["end_s"] = ended - measured.pop("ended")
+        file.write_text(json.dumps(measured))
+        shutil.rmtree(trial / "adapter")
+    return json.loads(file.read_text())
 
 
 def _seconds_left(done: list[Result], left: list[dict[str, Any]]) -> float:

@@ -89,6 +89,18 @@ def describe(result: Result) -> str:
     )
 
 
+def _sampled(seeds: Iterable[dict[str, Result]]) -> list[str]:
+    timed = {m["a"].get("num_timed", len(m["a"]["losses"])) for m in seeds if "a" in m}
+    all_trials = {len(m["a"]["losses"]) for m in seeds if "a" in m}
+    if timed == all_trials:
+        return []
+    return [
+        f"Of (a), {min(timed)} trials were timed, one of each length and each alone; the others of its "
+        "length count as much. They were trained several at a time, for their losses.",
+        "",
+    ]
+
+
 def table(results: dict[str, Any]) -> str:
     """Markdown of all that was measured."""
     seeds: dict[str, dict[str, Result]] = results["seeds"]
@@ -99,6 +111,7 @@ def table(results: dict[str, Any]) -> str:
         f"{len(points(scale))} trials; {shown}. Seeds {', '.join(seeds)}. "
         f"{len(os.sched_getaffinity(0))} cores, {' and '.join(sorted(devices)) or 'device not known'}.",
         "",
+        *_sampled(seeds.values()),
         "Means over seeds. Regret is what the chosen settings lose in (a)'s own table against its best.",
         "",
         "| way | wall-clock, s | against (a) | against (a) in one process | trial-steps | tokens | "

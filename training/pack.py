@@ -1,10 +1,11 @@
 """Trains a queue of trials, several at once in one pack, each into its own directory.
 
 `run_pack(trials, options)` asks `trials` for a job whenever a slot is free and tells it how each one ended.
-After every evaluation a trial's state is saved, so that a killed process loses no more than the steps since
-then: the same job again goes on from there. A trial begins with the longest stage that is stored of it, and
-stores those that others will need. Out of memory, the youngest trial gives up its slot and continues, from
-its last step, when another one has ended.
+After an evaluation a trial's state is saved, so that a killed process loses no more than the steps since
+then: the same job again goes on from there. Where steps are fast and states large, that is not after every
+one of them: saving takes a tenth of the time at most. A trial begins with the longest stage that is stored
+of it, and stores those that others will need. Out of memory, the youngest trial gives up its slot and
+continues, from its last step, when another one has ended.
 """
 
 import collections
@@ -35,6 +36,9 @@ from training.recorder import TrialRecorder, begin_trial, end_with_fault, is_dis
 from training.samples import Sampler
 from training.tracking import Tracker
 from training.trial import StepResult, TrialState
+
+_SHORT_SAVE_S = 0.05
+"""A state that is saved faster than this is saved after every evaluation."""
 
 
 def run_pack(trials: Trials, options: JobOptions) -> None:
@@ -72,6 +76,9 @@ class _Slot:
     trial: TrialState
     recorder: TrialRecorder
     tracker: Tracker
+    saved: float = 0.0
+    """When its state was saved last, and the seconds that this took."""
+    save_s: float = 0.0
 
 
 @dataclass
@@ -271,11 +278,22 @@ class _Pack:
                 self._end(slot, "complete")
             return
         if is_due:
-            save_state(capture(trial, recorder.record()), job.paths.state)
+            self._save(slot)
             assert recorder.last_loss is not None
             reason = self._ask(self.trials.evaluated, job, trial.step, recorder.last_loss)
             if reason is not None:
                 self._prune(slot, reason)
+
+    def _save(self, slot: _Slot) -> None:
+        """Keeps the trial's state for the process that may have to go on with it."""
+        started = time.monotonic()
+        if slot.save_s > _SHORT_SAVE_S and started - slot.saved < 10 * slot.save_s * len(
+            self.slots
+        ):
+            return
+        save_state(capture(slot.trial, slot.recorder.record()), slot.job.paths.state)
+        slot.saved = time.monotonic()
+        slot.save_s = slot.saved - started
 
     def _prune(self, slot: _Slot, reason: str) -> None:
         if any(step > slot.trial.step for step in slot.job.branches):
