@@ -1,6 +1,7 @@
 """A queue of trials in one pack: slots refilled, faults kept apart, nothing lost when it is cut off."""
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from training.checkpoint import SavedState, save_state
 from training.config import TrialConfig
 from training.engine import PackedEngine
 from training.exceptions import DataError, ModelError
@@ -100,7 +102,6 @@ def test_slots_are_refilled_and_every_trial_ends_once(
 def test_the_packs_time_is_shared_out_among_its_trials(
     make: Callable[..., TrialConfig], tmp_path: Path
 ) -> None:
-    import time
 
     queue = Queue(tmp_path, [make(seed=seed) for seed in range(3)])
     started = time.monotonic()
@@ -155,6 +156,46 @@ def test_a_killed_pack_goes_on_from_its_last_evaluations(
         ours, theirs = again.result(number), whole.result(number)
         assert ours["eval/loss"] == pytest.approx(theirs["eval/loss"], rel=1e-5)
         assert (ours["best_step"], ours["tokens"]) == (theirs["best_step"], theirs["tokens"])
+
+
+def test_states_that_take_long_to_save_are_saved_more_rarely_and_a_killed_trial_is_whole(
+    make: Callable[..., TrialConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    configs = [make(max_steps=12, seed=seed) for seed in range(2)]
+    whole = Queue(tmp_path / "whole", configs)
+    whole.run(slots=2)
+    saved: list[int] = []
+
+    def slow(state: SavedState, directory: Path) -> None:
+        saved.append(state.step)
+        time.sleep(0.5)
+        save_state(state, directory)
+
+    step = PackedEngine.step
+    calls: list[int] = []
+
+    def dying(self: PackedEngine) -> Any:
+        calls.append(1)
+        if len(calls) == 11:
+            raise KeyboardInterrupt
+        return step(self)
+
+    killed = Queue(tmp_path / "killed", configs)
+    with monkeypatch.context() as patch:
+        patch.setattr("training.pack._SHORT_SAVE_S", 0.0)
+        patch.setattr("training.pack.save_state", slow)
+        patch.setattr(PackedEngine, "step", dying)
+        with pytest.raises(KeyboardInterrupt):
+            killed.run(slots=2)
+    assert saved == [4, 4]  # and not after step 8: half a second is a tenth of more than that took
+    again = Queue(tmp_path / "killed", configs)
+    again.run(slots=2)
+    for number in range(2):
+        assert [line["step"] for line in again.metrics(number)] == [
+            line["step"] for line in whole.metrics(number)
+        ]
+        assert again.curve(number) == pytest.approx(whole.curve(number), rel=1e-5)
+        assert again.result(number)["tokens"] == whole.result(number)["tokens"]
 
 
 def test_an_evaluation_that_a_signal_came_before_is_made_when_the_trial_goes_on(

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from training.config import TrialConfig
+from training.engine import PackedEngine
 from training.fork import stage_name
 from training.job import Job, JobOptions, Outcome, Trials
 from training.pack import run_pack
@@ -177,6 +178,39 @@ def test_what_a_pruned_trial_trained_is_kept_for_those_that_share_it(
     assert (pruned["state"], pruned["reason"], pruned["num_steps"]) == ("pruned", "enough", 8)
     assert forked.result(1)["steps_saved"] == 8
     assert_equal_trials(forked, alone, 1)
+
+
+def test_a_trial_that_its_stage_decides_gets_no_slot(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It ends with what it took over, and others still fork what it shares with them."""
+
+    class Deciding(Queue):
+        def began(self, job: Job, step: int) -> str | None:
+            return "enough" if self.jobs.index(job) == 1 and step else None
+
+    admitted: list[int] = []
+    admit = PackedEngine.admit
+
+    def counting(self: PackedEngine, config: TrialConfig, *args: Any) -> Any:
+        admitted.append(config.max_steps)
+        return admit(self, config, *args)
+
+    monkeypatch.setattr(PackedEngine, "admit", counting)
+    configs = [make(max_steps=steps) for steps in (5, 20, 10)]
+    queue = Deciding(tmp_path / "forked", configs, [(4,), (4, 8), (4, 8)]).run()
+    assert admitted == [5, 10]
+    decided = queue.result(1)
+    assert (decided["state"], decided["reason"], decided["num_steps"]) == ("pruned", "enough", 4)
+    assert (
+        decided["steps_saved"] == 4
+        and decided["last_eval/loss"] == queue.metrics(1)[-1]["eval/loss"]
+    )
+    assert (1, 4) in queue.stored_steps  # nobody waits for more of it
+    assert not queue.jobs[1].paths.state.exists()
+    alone = Queue(tmp_path / "alone", configs, [(), (), ()]).run()
+    for number in (0, 2):
+        assert_equal_trials(queue, alone, number)
 
 
 def test_a_killed_forked_trial_goes_on_as_a_forked_one(make: Make, tmp_path: Path) -> None:

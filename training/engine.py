@@ -112,8 +112,8 @@ class PackedEngine:
         Raises:
             torch.OutOfMemoryError: after which every trial is at the beginning of its optimizer step.
         """
-        # Trials of one shape stand beside one another: so their products can be grouped.
-        trials = sorted(self.trials, key=lambda trial: _adapter_shape(trial.config))
+        # Trials that adapt the same layers stand side by side: so their products can be grouped.
+        trials = sorted(self.trials, key=lambda trial: _adapted_layers(trial.config))
         parts = [trial.next_part() for trial in trials]
         try:
             row, loss_N = self.backward(trials, parts)
@@ -329,8 +329,8 @@ def lora_config(config: TrialConfig) -> LoraConfig:
     )
 
 
-def _adapter_shape(config: TrialConfig) -> tuple[bool, int, list[str]]:
-    return config.lora_dropout > 0, config.lora_r, sorted(config.lora_target_modules)
+def _adapted_layers(config: TrialConfig) -> tuple[bool, list[str]]:
+    return config.lora_dropout > 0, sorted(config.lora_target_modules)
 
 
 def check_model(model: PreTrainedModel) -> None:

@@ -1,17 +1,18 @@
 """The LoRA products of several trials in one launch each, through `torch.nn.functional.grouped_mm`.
 
 Slice by slice, K trials cost K small products for each A and each B: on a GPU it is launching them that takes
-the time. Where adjoining stretches of a row belong to trials of one shape (a `Run` with a `Stack`), `forward`
-and `backward` compute all of them together; `training.packed_lora` slices the rest. Weights are laid side by
-side and rounded once a row, and gradients added to the trials' own once a row, not in each layer.
+the time. Where adjoining stretches of a row belong to trials that adapt the same layers (a `Run` with a
+`Stack`), `forward` and `backward` compute all of them together; `training.packed_lora` slices the rest.
+Weights are laid side by side and rounded once a row, and gradients added to the trials' own once a row, not
+in each layer. Lower ranks are filled up with zeros, which is exact: what they multiply adds nothing.
 
 What `grouped_mm` of torch 2.13 demands (its GroupedMMUtils.h, GroupedBlas.cpp and GroupMMCommon.cuh):
 bfloat16 and compute capability 9 or 10, or else it waits for the device and loops; strides and addresses
 that are multiples of 16 bytes; where tokens are what is summed over, a left operand that is column-major and
 a right one that is row-major, or else each stretch would have to be a multiple of 8 tokens.
 
-T tokens of the row, t of a run, K its trials, P parameters of an adapter, D input and O output features,
-R rank, M members of a group.
+T tokens of the row, t of a run, K its trials, R their largest rank (whose lines are multiples of 16 bytes), P
+parameters of an adapter of that rank, D input and O output features, M members of a group.
 """
 
 import itertools
@@ -58,34 +59,62 @@ class Share:
 class Stack:
     """The adapters of a run side by side, for all layers and both passes of one row."""
 
+    rank: int
+    """Of all of them here."""
     weights_KP: torch.Tensor
     """In the activations' dtype; B's are times the trial's scaling already."""
     grads_KP: torch.Tensor
     """Float32; each layer writes its part in the backward pass."""
     factor_KP: torch.Tensor
     """What the weights were multiplied with, [1, P] or [K, P]: 1 for A's, the scaling for B's."""
+    places: list[torch.Tensor | None]
+    """Where each adapter's own parameters stand in its line of P; None where that has no others."""
     ends_K: torch.Tensor
     """Where each stretch ends in the run, int32."""
 
-    def weights(self, span: slice, rows: int) -> torch.Tensor:
-        """[K, rows, span / rows]."""
-        return _part(self.weights_KP, span, rows)
+    def part(self, vectors_KP: torch.Tensor, share: Share, span: slice, rows: int) -> torch.Tensor:
+        """A view of one matrix of each line, [K, rows, columns]; `span` is where `share` has it.
 
-    def put_grad(self, span: slice, grad: torch.Tensor) -> None:
-        """Takes a gradient of such weights."""
-        _part(self.grads_KP, span, grad.shape[1]).copy_(grad)
+        In one operation, since a step has thousands of them.
+        """
+        start, stop = (end // share.rank * self.rank for end in (span.start, span.stop))
+        size = (len(vectors_KP), rows, (stop - start) // rows)
+        return vectors_KP.as_strided(size, (vectors_KP.stride(0), size[2], 1), start)
+
+    def columns(self, place: int) -> slice:
+        """As `Share.columns`."""
+        return slice(place * self.rank, (place + 1) * self.rank)
 
     def add_grads(self, totals: list[torch.Tensor]) -> None:
-        """totals[k] += the k-th trial's gradient [P]."""
-        grads = self.grads_KP.mul_(self.factor_KP).unbind()
-        torch._foreach_add_(totals, list(grads))  # pyright: ignore[reportPrivateImportUsage]
+        """totals[k] += the k-th trial's gradient."""
+        grads = [
+            grad_P if places is None else grad_P.index_select(0, places)
+            for grad_P, places in zip(self.grads_KP.mul_(self.factor_KP), self.places, strict=True)
+        ]
+        torch._foreach_add_(totals, grads)  # pyright: ignore[reportPrivateImportUsage]
 
 
-def _part(vectors_KP: torch.Tensor, span: slice, rows: int) -> torch.Tensor:
-    """A view of one matrix of each vector; in one operation, of which a step has thousands."""
-    num, columns = len(vectors_KP), (span.stop - span.start) // rows
-    strides = (vectors_KP.stride(0), columns, 1)
-    return vectors_KP.as_strided((num, rows, columns), strides, span.start)
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How vectors of adapters of the same layers are made: of a matrix of R lines for each A and each Bᵀ."""
+
+    columns: tuple[int, ...]
+    """Of each matrix, in their order."""
+    is_b: tuple[bool, ...]
+
+    def places(self, rank: int, larger: int, device: torch.device) -> torch.Tensor | None:
+        """Where an adapter's parameters stand in the vector of one of a larger rank; None for its own."""
+        if rank == larger:
+            return None
+        columns = torch.tensor(self.columns)
+        before = (columns.cumsum(0) - columns) * (larger - rank)
+        places = torch.arange(rank * sum(self.columns)) + before.repeat_interleave(columns * rank)
+        return places.to(device)
+
+    def are_b(self, rank: int, device: torch.device) -> torch.Tensor:
+        """Which parameters of the vector are B's, [P]."""
+        sizes = torch.tensor(self.columns) * rank
+        return torch.tensor(self.is_b).repeat_interleave(sizes).to(device)
 
 
 @dataclass(slots=True)
@@ -107,26 +136,26 @@ class Run:
         return slice(self.start, self.ends[-1])
 
 
-def find_runs(row: Row, shapes: dict[str, object], is_grouped: bool) -> list[Run]:
+def find_runs(row: Row, layers: dict[str, object], is_grouped: bool) -> list[Run]:
     """The row's stretches that have an adapter; those that may be multiplied together in one run.
 
     Args:
         row: where they are.
-        shapes: what adapters of one run have in common, by their name; None is never grouped.
-        is_grouped: whether any are.
+        layers: which each adapter adapts, by its name: the same in a run.
+        is_grouped: whether any may be.
     """
     runs: list[Run] = []
     for stretch in row.stretches:
         if stretch.adapter is None:
             continue
         seed = row.dropout_seeds.get(stretch.adapter)
-        shape = shapes[stretch.adapter]
-        last = runs[-1] if runs and is_grouped and seed is None and shape is not None else None
+        last = runs[-1] if runs and is_grouped else None
         if (
             last is not None
             and last.seed is None
+            and seed is None
             and last.ends[-1] == stretch.start
-            and shapes[last.adapters[0]] == shape
+            and layers[last.adapters[0]] == layers[stretch.adapter]
         ):
             last.ends.append(stretch.end)
             last.adapters.append(stretch.adapter)
@@ -135,10 +164,18 @@ def find_runs(row: Row, shapes: dict[str, object], is_grouped: bool) -> list[Run
     return runs
 
 
+def aligned(rank: int, dtype: torch.dtype) -> int:
+    """The smallest rank from this one on whose lines are multiples of 16 bytes."""
+    step = 16 // dtype.itemsize
+    return -(-rank // step) * step
+
+
 def make_stack(
     run: Run,
     weights: list[torch.Tensor],
     scalings: list[float],
+    rank: int,
+    places: list[torch.Tensor | None],
     is_b_P: torch.Tensor,
     dtype: torch.dtype,
     *,
@@ -148,9 +185,11 @@ def make_stack(
 
     Args:
         run: K stretches.
-        weights: each adapter's vector, [P], float32.
+        weights: each adapter's vector, float32.
         scalings: each adapter's.
-        is_b_P: which parameters are B's.
+        rank: of all of them together.
+        places: where each vector's parameters stand in one of that rank; None where it is of that rank.
+        is_b_P: which parameters of that one are B's.
         dtype: of the activations.
         with_grads: whether there will be a backward pass.
     """
@@ -158,11 +197,16 @@ def make_stack(
     different = scalings if len(set(scalings)) > 1 else scalings[:1]
     scaling_K1 = torch.tensor(different, device=device)[:, None]
     factor_KP = torch.where(is_b_P, scaling_K1, 1.0)
-    weights_KP = torch.stack(weights)
+    weights_KP = torch.zeros(len(weights), len(is_b_P), device=device)
+    for line_P, vector, place in zip(weights_KP, weights, places, strict=True):
+        if place is None:
+            line_P.copy_(vector)
+        else:
+            line_P.index_copy_(0, place, vector)
     ends_K = torch.tensor([end - run.start for end in run.ends], dtype=torch.int32, device=device)
     # Zeros, since a layer that a forward pass leaves out writes nothing.
     grads_KP = torch.zeros_like(weights_KP if with_grads else weights_KP[:, :0])
-    return Stack(weights_KP.mul_(factor_KP).to(dtype), grads_KP, factor_KP, ends_K)
+    return Stack(rank, weights_KP.mul_(factor_KP).to(dtype), grads_KP, factor_KP, places, ends_K)
 
 
 def is_taken(device: torch.device, dtype: torch.dtype) -> bool:
@@ -199,13 +243,13 @@ def forward(
     Returns:
         x Aᵀ of all members side by side, which `backward` needs: [t, M·R].
     """
-    a_KRD = stack.weights(share.span, len(share.a))
+    a_KRD = stack.part(stack.weights_KP, share, share.span, len(share.b) * stack.rank)
     h_tR = functional.grouped_mm(
         x_TD[run.rows].contiguous(), a_KRD.transpose(1, 2), offs=stack.ends_K
     )
     for place, ((member, *_), span) in enumerate(zip(share.b, share.spans, strict=True)):
-        b_KRO = stack.weights(span, share.rank)
-        up_tO = functional.grouped_mm(h_tR[:, share.columns(place)], b_KRO, offs=stack.ends_K)
+        b_KRO = stack.part(stack.weights_KP, share, span, stack.rank)
+        up_tO = functional.grouped_mm(h_tR[:, stack.columns(place)], b_KRO, offs=stack.ends_K)
         outputs_TO[member][run.rows].add_(up_tO)
     return h_tR
 
@@ -233,17 +277,20 @@ def backward(
     grad_members = []
     for place, ((member, *_), span) in enumerate(zip(share.b, share.spans, strict=True)):
         grad_tO = grads_TO[member][run.rows].contiguous()
-        b_KRO = stack.weights(span, share.rank)
+        b_KRO = stack.part(stack.weights_KP, share, span, stack.rank)
         grad_members.append(
             functional.grouped_mm(grad_tO, b_KRO.transpose(1, 2), offs=stack.ends_K)
         )
-        h_tr = h_tR[:, share.columns(place)]
-        stack.put_grad(span, functional.grouped_mm(h_tr.T, grad_tO, offs=stack.ends_K))
+        h_tr = h_tR[:, stack.columns(place)]
+        grad_b_KRO = functional.grouped_mm(h_tr.T, grad_tO, offs=stack.ends_K)
+        stack.part(stack.grads_KP, share, span, stack.rank).copy_(grad_b_KRO)
     grad_tR = torch.cat(grad_members, 1)
     x_tD = x_TD[run.rows].contiguous()
-    stack.put_grad(share.span, functional.grouped_mm(grad_tR.T, x_tD, offs=stack.ends_K))
+    grad_a_KRD = functional.grouped_mm(grad_tR.T, x_tD, offs=stack.ends_K)
+    rows = len(share.b) * stack.rank
+    stack.part(stack.grads_KP, share, share.span, rows).copy_(grad_a_KRD)
     if grad_TD is not None:
-        a_KRD = stack.weights(share.span, len(share.a))
+        a_KRD = stack.part(stack.weights_KP, share, share.span, rows)
         grad_TD[run.rows].add_(functional.grouped_mm(grad_tR, a_KRD, offs=stack.ends_K))
 
 
@@ -261,17 +308,31 @@ def find_fault(
     Returns:
         What is wrong on this machine, in words; None where nothing is.
     """
-    run, shares, scalings, x_TD, grads_TO = _random_run(features, outputs, device, dtype)
+    run, shares, x_TD, grads_TO = _random_run(features, outputs, device, dtype)
     outputs_TO = [torch.zeros_like(grad_TO) for grad_TO in grads_TO]
     grad_TD = torch.zeros_like(x_TD)
     weights = [
         torch.cat([share.a.flatten(), *(b_RO.flatten() for _, b_RO, _ in share.b)])
         for share in shares
     ]
-    is_b_P = torch.arange(len(weights[0]), device=device) >= shares[0].a.numel()
+    layout = Layout(
+        (*(features for _ in outputs), *outputs), (False,) * len(outputs) + (True,) * len(outputs)
+    )
+    rank = max(share.rank for share in shares)
+    places = [layout.places(share.rank, rank, device) for share in shares]
+    scalings = [share.scaling for share in shares]
     totals = [torch.zeros_like(vector) for vector in weights]
     try:
-        stack = make_stack(run, weights, scalings, is_b_P, dtype, with_grads=True)
+        stack = make_stack(
+            run,
+            weights,
+            scalings,
+            rank,
+            places,
+            layout.are_b(rank, device),
+            dtype,
+            with_grads=True,
+        )
         h_tR = forward(run, stack, shares[0], x_TD, outputs_TO)
         backward(run, stack, shares[0], h_tR, x_TD, grads_TO, grad_TD)
         stack.add_grads(totals)
@@ -279,10 +340,9 @@ def find_fault(
         return str(error).partition("\n")[0]
     ours = [*outputs_TO, grad_TD]
     for share, total in zip(shares, totals, strict=True):
-        for span, like in zip(
-            [share.span, *share.spans], [share.a, *(b for _, b, _ in share.b)], strict=True
-        ):
-            ours.append(total[span].view_as(like))
+        matrices = [share.a, *(b_RO for _, b_RO, _ in share.b)]
+        for span, matrix in zip([share.span, *share.spans], matrices, strict=True):
+            ours.append(total[span].view_as(matrix))
     tolerance = 1e-3 if dtype == torch.float32 else 5e-2
     for found, expected in zip(ours, _one_by_one(run, shares, x_TD, grads_TO), strict=True):
         difference = float((found.float() - expected).abs().max() / expected.abs().max())
@@ -293,27 +353,24 @@ def find_fault(
 
 def _random_run(
     features: int, outputs: list[int], device: torch.device, dtype: torch.dtype
-) -> tuple[Run, list[Share], list[float], torch.Tensor, list[torch.Tensor]]:
-    """Three trials of unlike lengths and scalings, their shares, an input and the outputs' gradients."""
+) -> tuple[Run, list[Share], torch.Tensor, list[torch.Tensor]]:
+    """Three trials unlike in length, rank and scaling; their shares, an input, the outputs' gradients."""
     generator = torch.Generator(device).manual_seed(0)
 
     def draw(rows: int, columns: int) -> torch.Tensor:
         return torch.randn(rows, columns, generator=generator, device=device)
 
-    rank, ends, scalings = 16, [37, 38, 61], [2.0, 0.5, 1.3]
-    shares = []
-    for scaling in scalings:
+    ends, shares = [37, 38, 61], []
+    for rank, scaling in ((16, 2.0), (8, 0.5), (16, 1.3)):
         a = draw(len(outputs) * rank, features) / features**0.5
         b = [draw(rank, size) / rank**0.5 for size in outputs]
-        places = list(itertools.accumulate([a.numel(), *(b_RO.numel() for b_RO in b)]))
-        spans = [slice(*pair) for pair in itertools.pairwise(places)]
         pairs = [(member, b_RO, torch.zeros_like(b_RO)) for member, b_RO in enumerate(b)]
-        shares.append(
-            Share(a, torch.zeros_like(a), pairs, rank, scaling, 0.0, slice(0, a.numel()), spans)
-        )
+        places = list(itertools.accumulate([a.numel(), *(b_RO.numel() for b_RO in b)]))
+        span, spans = slice(0, places[0]), [slice(*two) for two in itertools.pairwise(places)]
+        shares.append(Share(a, torch.zeros_like(a), pairs, rank, scaling, 0.0, span, spans))
     x_TD = draw(ends[-1], features).to(dtype)
     run = Run(0, ends, [f"t{number}" for number in range(len(ends))])
-    return run, shares, scalings, x_TD, [draw(ends[-1], size).to(dtype) for size in outputs]
+    return run, shares, x_TD, [draw(ends[-1], size).to(dtype) for size in outputs]
 
 
 def _one_by_one(

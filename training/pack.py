@@ -136,12 +136,17 @@ class _Pack:
             try:
                 if not self._admit(job):
                     return
+            except _TrialsError as wrapped:
+                raise wrapped.error from None
             except Exception as error:
                 if is_disk_full(error):
                     raise
                 self.trials.done(job, error)
                 continue
-            self._guard(self.slots[-1], lambda slot=self.slots[-1]: self._begin(slot))
+            slot = self.slots[-1] if self.slots else None
+            if slot is not None and slot.job is job and slot.trial.step:
+                # What its process was stopped before; or all of its steps are a stage's.
+                self._guard(slot, lambda slot=slot: self._after_step(slot))
 
     def _next(self) -> Job | None:
         for job in self.waiting:
@@ -156,7 +161,11 @@ class _Pack:
         return job
 
     def _admit(self, job: Job) -> bool:
-        """Whether the trial has its slot; if not, memory has none, and it waits."""
+        """Gives the trial a slot, or its end if what it takes over decides it.
+
+        Returns:
+            False if memory has no slot for it: it waits.
+        """
         state = job.state or _saved(job)
         if state is None:
             shutil.rmtree(job.paths.root, ignore_errors=True)  # what a killed process had begun
@@ -168,6 +177,10 @@ class _Pack:
             if state is None and job.stages is not None:
                 state = fork_trial(job.config, prepared.content, job.paths, job.stages)
             engine = self._engine(prepared, job.config)
+            reason = self._ask(self.trials.began, job, state.step if state else 0)
+            if reason is not None:
+                self._end_at_once(job, prepared, state, reason)
+                return True
             self.number += 1
             trial = engine.admit(job.config, prepared.train, f"trial{self.number}")
             if state is not None:
@@ -180,6 +193,8 @@ class _Pack:
                 self._base_losses(prepared),
                 state.record if state else None,
             )
+        except _TrialsError:
+            raise
         except BaseException as error:
             if trial is not None:
                 with contextlib.suppress(ValueError):  # it may not have come as far as that
@@ -300,15 +315,6 @@ class _Pack:
             self._store(slot)  # for those that wait for more of it
         self._end(slot, "pruned", reason)
 
-    def _begin(self, slot: _Slot) -> None:
-        """What has to be done before a trial's next step."""
-        reason = self._ask(self.trials.began, slot.job, slot.trial.step)
-        if reason is not None:
-            self._end(slot, "pruned", reason)
-        elif slot.trial.step:
-            # What its process was stopped before; or all of its steps are a stage's.
-            self._after_step(slot)
-
     def _store(self, slot: _Slot) -> None:
         job = slot.job
         if job.stages is not None:
@@ -341,12 +347,38 @@ class _Pack:
 
     def _end(self, slot: _Slot, state: str, reason: str | None = None) -> None:
         """Writes the result; the slot is free for another trial."""
-        result = {**slot.recorder.result(state, reason), **slot.prepared.splits.hashes}
+        result = slot.recorder.result(state, reason)
         self._leave(slot)
-        write_json(slot.job.paths.result, result)
-        shutil.rmtree(slot.job.paths.state, ignore_errors=True)
-        slot.tracker.finish(result)
-        self.trials.done(slot.job, result)
+        self._tell_end(slot.job, slot.prepared, slot.tracker, result)
+
+    def _end_at_once(
+        self, job: Job, prepared: Prepared, state: SavedState | None, reason: str
+    ) -> None:
+        """Ends a trial as pruned by the evaluations that it takes over, without a slot and its memory."""
+        tracker = self.options.tracker(job)
+        progress = self.display.add(job.label, job.config.max_steps)
+        recorder = TrialRecorder(
+            job.paths,
+            tracker,
+            progress,
+            self._base_losses(prepared),
+            state.record if state else None,
+        )
+        result = recorder.result("pruned", reason)
+        recorder.close()
+        if state and job.stages is not None and any(step > state.step for step in job.branches):
+            save_stage(state, job.config, prepared.content, job.paths, job.stages)
+            self._ask(self.trials.stored, job, state.step)  # for those that wait for more of it
+        self._tell_end(job, prepared, tracker, result)
+
+    def _tell_end(
+        self, job: Job, prepared: Prepared, tracker: Tracker, result: dict[str, Any]
+    ) -> None:
+        result = {**result, **prepared.splits.hashes}
+        write_json(job.paths.result, result)
+        shutil.rmtree(job.paths.state, ignore_errors=True)
+        tracker.finish(result)
+        self._ask(self.trials.done, job, result)
 
     def _ask(self, question: Callable[..., Any], *args: Any) -> Any:
         """What goes wrong in the answer is no fault of the trial's."""

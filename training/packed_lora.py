@@ -3,8 +3,9 @@
 Adapters live in PEFT's own layers (`PackedLora.add`), whose forward is replaced. All of an adapter's weights
 are views of one flat vector, and so are their gradients: clipping, AdamW and saving see a single tensor.
 Linear layers that read the same tensor (q, k and v; gate and up) form a *group* and are computed together:
-one A product for all of them, and one gradient of their input. Adjoining trials of one shape are multiplied
-together where the device gains by it (`training.grouped_lora`); everything else is done stretch by stretch.
+one A product for all of them, and one gradient of their input. Adjoining trials of the same layers are
+multiplied together where the device gains by it (`training.grouped_lora`); all else is done stretch by
+stretch.
 
 T tokens of the row, t of a trial's stretch, D input and O output features, R rank, M members of a group.
 """
@@ -29,7 +30,7 @@ from transformers import PreTrainedModel, set_seed
 
 from training import grouped_lora
 from training.exceptions import ModelError
-from training.grouped_lora import Run, Share
+from training.grouped_lora import Layout, Run, Share
 from training.row import Row, current_row
 
 _PLACEHOLDER = "packed"
@@ -46,14 +47,21 @@ class Adapter:
     """[P], float32; `weights.grad` is always there, and backward passes add to it."""
     layout: list[tuple[str, tuple[int, ...]]]
     """Name and shape of each layer's A or B, in the order in which they stand in `weights`."""
-    shape: tuple[int, tuple[str, ...]]
-    """Rank and adapted layers: adapters that agree in it have the same layout."""
+    layers: tuple[str, ...]
+    """Names of the layers that it adapts: adapters that agree in them have one layout but for the rank."""
 
     @property
     def scaling(self) -> float:
         """Factor of B A x."""
         rank = self.config.r
         return self.config.lora_alpha / (math.sqrt(rank) if self.config.use_rslora else rank)
+
+    def of_any_rank(self) -> Layout:
+        """Its layout without its rank."""
+        return Layout(
+            tuple(math.prod(shape) // self.config.r for _, shape in self.layout),
+            tuple(name.endswith("lora_B") for name, _ in self.layout),
+        )
 
     def gradient(self) -> torch.Tensor:
         """[P]."""
@@ -136,7 +144,8 @@ class PackedLora:
             for size in (layer.in_features, layer.out_features)
         }
         self._is_aligned = grouped_lora.is_aligned(sizes, model.dtype)
-        self._masks: dict[object, torch.Tensor] = {}
+        self._made: dict[object, Any] = {}
+        """Tensors that are the same for every row with the same layers and ranks."""
         model.requires_grad_(False)
 
     def add(self, name: str, config: LoraConfig, seed: int) -> Adapter:
@@ -230,8 +239,8 @@ class PackedLora:
         )
         weights = nn.Parameter(torch.zeros(size, device=self.model.device))
         weights.grad = torch.zeros_like(weights)
-        shape = (rank, tuple(sorted(targets)))
-        adapter = Adapter(name=name, config=config, weights=weights, layout=[], shape=shape)
+        layers = tuple(sorted(targets))
+        adapter = Adapter(name=name, config=config, weights=weights, layout=[], layers=layers)
         flat, grad = weights.data, weights.grad
         place = 0
         for group, members in chosen:
@@ -262,22 +271,23 @@ class PackedLora:
         """Finds which stretches of a row are multiplied together, and lays their adapters side by side."""
         device, dtype = self.model.device, self.model.dtype
         is_grouped = self._is_aligned and grouped_lora.is_taken(device, dtype)
-        shapes = {
-            name: adapter.shape if grouped_lora.is_aligned([adapter.config.r], dtype) else None
-            for name, adapter in self.adapters.items()
-        }
-        row.runs = grouped_lora.find_runs(row, shapes, is_grouped)
+        layers: dict[str, object] = {name: a.layers for name, a in self.adapters.items()}
+        row.runs = grouped_lora.find_runs(row, layers, is_grouped)
         for run in row.runs:
+            if not is_grouped or run.seed is not None:
+                continue
             adapters = [self.adapters[name] for name in run.adapters]
-            if is_grouped and run.seed is None and shapes[run.adapters[0]] is not None:
-                run.stack = grouped_lora.make_stack(
-                    run,
-                    [adapter.weights.detach() for adapter in adapters],
-                    [adapter.scaling for adapter in adapters],
-                    self._is_b(adapters[0]),
-                    dtype,
-                    with_grads=torch.is_grad_enabled(),
-                )
+            rank = grouped_lora.aligned(max(adapter.config.r for adapter in adapters), dtype)
+            run.stack = grouped_lora.make_stack(
+                run,
+                [adapter.weights.detach() for adapter in adapters],
+                [adapter.scaling for adapter in adapters],
+                rank,
+                [self._places(adapter, rank) for adapter in adapters],
+                self._are_b(adapters[0], rank),
+                dtype,
+                with_grads=torch.is_grad_enabled(),
+            )
 
     def add_grads(self, row: Row) -> None:
         """Adds what the backward pass of a row gave to the adapters' gradients."""
@@ -285,13 +295,17 @@ class PackedLora:
             if run.stack is not None:
                 run.stack.add_grads([self.adapters[name].gradient() for name in run.adapters])
 
-    def _is_b(self, adapter: Adapter) -> torch.Tensor:
-        """Which of the adapter's parameters are B's, [P]; the same for all of one shape."""
-        if adapter.shape not in self._masks:
-            sizes = torch.tensor([math.prod(shape) for _, shape in adapter.layout])
-            letters = torch.tensor([name.endswith("lora_B") for name, _ in adapter.layout])
-            self._masks[adapter.shape] = letters.repeat_interleave(sizes).to(self.model.device)
-        return self._masks[adapter.shape]
+    def _places(self, adapter: Adapter, rank: int) -> torch.Tensor | None:
+        own, key = adapter.config.r, (adapter.layers, adapter.config.r, rank)
+        if key not in self._made:
+            self._made[key] = adapter.of_any_rank().places(own, rank, self.model.device)
+        return self._made[key]
+
+    def _are_b(self, adapter: Adapter, rank: int) -> torch.Tensor:
+        key = (adapter.layers, rank)
+        if key not in self._made:
+            self._made[key] = adapter.of_any_rank().are_b(rank, self.model.device)
+        return self._made[key]
 
     def _put(
         self, adapter: Adapter, group: _Group, member: int, letter: str, view: torch.Tensor
