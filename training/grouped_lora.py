@@ -236,7 +236,7 @@ def forward(
     Args:
         run: its stretches.
         stack: their adapters.
-        share: any of these adapters' share of the group: they are of one shape.
+        share: the first adapter's share of the group; the others adapt the same layers.
         x_TD: the group's input, [T, D].
         outputs_TO: the output of each layer of the group, [T, O]; changed.
 
