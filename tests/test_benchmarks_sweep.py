@@ -102,7 +102,7 @@ def test_what_was_measured_is_not_measured_again(
 ) -> None:
     file, asked = tmp_path / "results" / "sweep.json", []
 
-    def measure(way: str, scale: dict[str, Any], seed: int, directory: Path) -> sweep_table.Result:
+    def measure(way: str, scale: dict[str, Any], seed: int, *_: Any) -> sweep_table.Result:
         asked.append((seed, way))
         return result_of(way, [3.0, 2.9, 2.8, 2.1, 2.2, 2.3], 100)
 
@@ -117,6 +117,32 @@ def test_what_was_measured_is_not_measured_again(
     assert json.loads(file.read_text())["seeds"].keys() == {"1", "2"}
     with pytest.raises(SystemExit, match="other settings"):
         sweep.run({**SCALE, "lora_r": [8]}, [1], ["a"], file, tmp_path)
+
+
+def test_one_trial_of_each_length_is_timed_alone_and_counts_for_all_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[dict[str, Any]] = []
+
+    def train(trial: Path, settings: dict[str, Any]) -> sweep_table.Result:
+        begun.append(settings)
+        trial.mkdir(parents=True)
+        (trial / "losses.parquet").write_bytes(b"")
+        seconds = {"wall_clock_s": 10.0 * len(begun), "end_s": 1.0, "start_s": 2.0, "load_s": 1.0}
+        steps = {"steps": settings["max_steps"], "tokens": 7, "steps_s": 3.0, "evaluations_s": 1.0}
+        return {"loss": 3 - settings["max_steps"] / 100, **seconds, **steps}
+
+    monkeypatch.setattr(sweep, "train_trial", train)
+    scale = {**SCALE, "max_steps": [4, 8], "learning_rate": [1e-4, 2e-4], "lora_r": [8, 16]}
+    result = sweep.measure_scripts("a", scale, 1, tmp_path, side_by_side=3)
+    assert [settings["max_steps"] for settings in begun[:2]] == [4, 8]
+    assert len(begun) == 8 and result["num_timed"] == 2
+    assert result["wall_clock_s"] == 4 * 10 + 4 * 20
+    assert result["winner"].startswith("8 steps")
+    measured = {"a": result, "d": {**result, "wall_clock_s": 12.0}}
+    sweep_table.compare(measured, tmp_path / "no files")
+    text = sweep_table.table({"settings": scale, "seeds": {"1": measured}})
+    assert "2 trials were timed, one of each length" in text and "10.00×" in text
 
 
 @pytest.mark.slow
