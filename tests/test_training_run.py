@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from peft import AutoPeftModelForCausalLM
 
 from training.config import TrialConfig
 from training.exceptions import DataError
@@ -44,6 +45,9 @@ def test_the_command_trains_and_says_what_came_out(
     assert "train, " in done.stdout  # the counts of the split
     names = {path.name for path in (tmp_path / "trial").iterdir()}
     assert names == {"config.json", "metrics.jsonl", "eval", "adapter", "result.json"}
+    # It names its base, so that PEFT finds that by itself.
+    adapted: Any = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "trial" / "adapter")
+    assert adapted.get_base_model().name_or_path == tiny_settings["model_name_or_path"]
 
     again = run(settings, tmp_path / "trial")
     assert again.returncode == 0

@@ -155,6 +155,7 @@ class PackedLora:
             ModelError: the target modules are not there, or not linear layers.
         """
         targets = self.targets(config)
+        config.base_model_name_or_path = self.model.name_or_path or None  # as get_peft_model does
         if config.target_modules == "all-linear":  # of the base model, not of the adapters in it
             config.target_modules = self._short_names(targets)
         with torch.random.fork_rng(devices=_cuda_devices(self.model)), known_warnings():
