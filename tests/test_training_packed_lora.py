@@ -238,12 +238,20 @@ def kernel(a: torch.Tensor, b: torch.Tensor, *, offs: torch.Tensor) -> torch.Ten
     return grouped_mm(a, b, offs=offs)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [ONE_SHAPE, [{"lora_r": 8}, {"lora_r": 3}, {"lora_r": 12, "lora_alpha": 5}]],
+    ids=["one shape", "unlike ranks"],
+)
 def test_the_cuda_kernel_gets_what_it_demands(
-    calls: list[int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    settings: list[dict[str, Any]],
+    calls: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
     def train(name: str) -> list[Run]:
         model = make_model().to(torch.bfloat16)
-        return run_packed(make_configs(ONE_SHAPE), model, tmp_path / name)
+        return run_packed(make_configs(settings), model, tmp_path / name)
 
     counted = functional.grouped_mm
 

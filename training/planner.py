@@ -21,10 +21,10 @@ RESERVE = 0.2
 MOST_SLOTS = {"cpu": 8, "cuda": 16, "mps": 8}
 """More trials at once gain little: see docs/performance.md for the CPU; not measured on GPUs."""
 
-_BYTES_PER_PARAMETER = 16  # weight, gradient and two moments in float32
-_BYTES_PER_STACKED_PARAMETER = (
-    10  # besides, while a row is computed: weight twice, and its gradient
-)
+_BYTES_PER_PARAMETER = 16
+"""Weight, gradient and two moments in float32."""
+_BYTES_PER_STACKED_PARAMETER = 14
+"""Besides, while a row is computed on a GPU: the weight in two types, its gradient, its scaling."""
 _PROBE_TOKENS = 64
 
 
