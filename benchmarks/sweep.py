@@ -242,7 +242,7 @@ def measure_scripts(
     for point, trial in zip(every, trials, strict=True):
         if side_by_side > 1:
             trial.update({name: measured[first[point["max_steps"]]][name] for name in times})
-    losses = {point_key(p): t["loss"] for p, t in zip(points(scale), trials, strict=True)}
+    losses = {point_key(p): t["loss"] for p, t in zip(every, trials, strict=True)}
     winner = min(losses, key=losses.__getitem__)
     number = list(losses).index(winner)
     shutil.copy(directory / way / f"{number:02d}" / "losses.parquet", winner_file(directory, way))

@@ -1,7 +1,6 @@
 """A sweep is run to its end, whatever interrupts it: what is on disk and on the terminal says so.
 
-The control flow is tried with `quick_trial`, which writes a trial's files in milliseconds; the test
-marked slow trains the tiny model through `training.run` and kills the real command.
+`quick_trial` writes a trial's files in milliseconds; slow tests train the tiny model and kill the command.
 """
 
 import errno

@@ -102,7 +102,6 @@ def test_slots_are_refilled_and_every_trial_ends_once(
 def test_the_packs_time_is_shared_out_among_its_trials(
     make: Callable[..., TrialConfig], tmp_path: Path
 ) -> None:
-
     queue = Queue(tmp_path, [make(seed=seed) for seed in range(3)])
     started = time.monotonic()
     queue.run(slots=3)

@@ -132,12 +132,13 @@ def test_of_a_mixed_pack_all_ranks_are_grouped_but_those_that_drop_are_not(
         {"lora_r": 8, "lora_dropout": 0.3},
         {"lora_r": 8, "lora_alpha": 64},
         {"lora_r": 6},
+        {"lora_r": 6},
         {"lora_r": 3, "max_grad_norm": 0.05},
         {"lora_r": 8, "lora_dropout": 0.1},
     ]
     expected = run_sliced(mixed, tmp_path)
     assert_all_equal(run_grouped(mixed, tmp_path), expected)
-    assert max(calls) == 5  # though others are admitted between them
+    assert set(calls) == {6, 1}  # though others are admitted between them
 
 
 def test_trials_of_the_same_modules_are_grouped_among_others(
@@ -152,7 +153,7 @@ def test_trials_of_the_same_modules_are_grouped_among_others(
     ]
     expected = run_sliced(subsets, tmp_path)
     assert_all_equal(run_grouped(subsets, tmp_path), expected)
-    assert max(calls) == 2  # the first and the third
+    assert set(calls) == {2, 1}  # the first and the third
 
 
 def test_recomputed_activations_are_grouped_too(calls: list[int], tmp_path: Path) -> None:
@@ -294,7 +295,7 @@ def test_the_doctor_checks_grouped_products_where_they_are_taken(
     model = make_model(max_position_embeddings=128)
     assert doctor.check_exactness(make_config(), model) == []
     assert "grouped products" in capsys.readouterr().out
-    assert max(calls) == 2
+    assert set(calls) == {2}
     monkeypatch.setattr(
         functional, "grouped_mm", lambda a, b, *, offs: grouped_mm(a, b, offs=offs) * 2
     )

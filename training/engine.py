@@ -264,15 +264,13 @@ class PackedEngine:
     def _check_grouped_products(self) -> None:
         """Switches grouped LoRA products off where they would be taken and are wrong on this machine."""
         device, dtype = self.model.device, self.model.dtype
-        if not grouped_lora.is_taken(device, dtype):
+        if not self.lora.is_grouped:
             return
         shapes = {
             (group.layers[0].in_features, *(layer.out_features for layer in group.layers))
             for group in self.lora.groups
         }
         for features, *outputs in sorted(shapes):
-            if not grouped_lora.is_aligned([features, *outputs], dtype):
-                continue  # sliced anyway
             fault = grouped_lora.find_fault(features, outputs, device, dtype)
             if fault is not None:
                 grouped_lora.disabled.add(grouped_lora.NAME)

@@ -50,10 +50,6 @@ class Share:
     spans: list[slice]
     """Where each Bᵀ does."""
 
-    def columns(self, place: int) -> slice:
-        """Where the R columns of the member in this place stand among those of all."""
-        return slice(place * self.rank, (place + 1) * self.rank)
-
 
 @dataclass(slots=True)
 class Stack:
@@ -80,10 +76,6 @@ class Stack:
         start, stop = (end // share.rank * self.rank for end in (span.start, span.stop))
         size = (len(vectors_KP), rows, (stop - start) // rows)
         return vectors_KP.as_strided(size, (vectors_KP.stride(0), size[2], 1), start)
-
-    def columns(self, place: int) -> slice:
-        """As `Share.columns`."""
-        return slice(place * self.rank, (place + 1) * self.rank)
 
     def add_grads(self, totals: list[torch.Tensor]) -> None:
         """totals[k] += the k-th trial's gradient."""
@@ -134,6 +126,11 @@ class Run:
     @property
     def rows(self) -> slice:
         return slice(self.start, self.ends[-1])
+
+
+def columns(place: int, rank: int) -> slice:
+    """Where the R columns of the member in this place stand among those of all."""
+    return slice(place * rank, (place + 1) * rank)
 
 
 def find_runs(row: Row, layers: dict[str, object], is_grouped: bool) -> list[Run]:
@@ -249,7 +246,7 @@ def forward(
     )
     for place, ((member, *_), span) in enumerate(zip(share.b, share.spans, strict=True)):
         b_KRO = stack.part(stack.weights_KP, share, span, stack.rank)
-        up_tO = functional.grouped_mm(h_tR[:, stack.columns(place)], b_KRO, offs=stack.ends_K)
+        up_tO = functional.grouped_mm(h_tR[:, columns(place, stack.rank)], b_KRO, offs=stack.ends_K)
         outputs_TO[member][run.rows].add_(up_tO)
     return h_tR
 
@@ -281,7 +278,7 @@ def backward(
         grad_members.append(
             functional.grouped_mm(grad_tO, b_KRO.transpose(1, 2), offs=stack.ends_K)
         )
-        h_tr = h_tR[:, stack.columns(place)]
+        h_tr = h_tR[:, columns(place, stack.rank)]
         grad_b_KRO = functional.grouped_mm(h_tr.T, grad_tO, offs=stack.ends_K)
         stack.part(stack.grads_KP, share, span, stack.rank).copy_(grad_b_KRO)
     grad_tR = torch.cat(grad_members, 1)

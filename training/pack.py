@@ -77,8 +77,9 @@ class _Slot:
     recorder: TrialRecorder
     tracker: Tracker
     saved: float = 0.0
-    """When its state was saved last, and the seconds that this took."""
+    """When its state was saved last."""
     save_s: float = 0.0
+    """Seconds that this took."""
 
 
 @dataclass
@@ -355,20 +356,17 @@ class _Pack:
         self, job: Job, prepared: Prepared, state: SavedState | None, reason: str
     ) -> None:
         """Ends a trial as pruned by the evaluations that it takes over, without a slot and its memory."""
-        tracker = self.options.tracker(job)
-        progress = self.display.add(job.label, job.config.max_steps)
-        recorder = TrialRecorder(
-            job.paths,
-            tracker,
-            progress,
-            self._base_losses(prepared),
-            state.record if state else None,
-        )
-        result = recorder.result("pruned", reason)
-        recorder.close()
+        base_losses = self._base_losses(prepared)
         if state and job.stages is not None and any(step > state.step for step in job.branches):
             save_stage(state, job.config, prepared.content, job.paths, job.stages)
             self._ask(self.trials.stored, job, state.step)  # for those that wait for more of it
+        # Only now, since what may fail above would leave the tracker's run without its end.
+        tracker = self.options.tracker(job)
+        progress = self.display.add(job.label, job.config.max_steps)
+        record = state.record if state else None
+        recorder = TrialRecorder(job.paths, tracker, progress, base_losses, record)
+        result = recorder.result("pruned", reason)
+        recorder.close()
         self._tell_end(job, prepared, tracker, result)
 
     def _tell_end(

@@ -268,10 +268,14 @@ class PackedLora:
             )
         return adapter
 
+    @property
+    def is_grouped(self) -> bool:
+        """Whether this model's trials are multiplied together on this machine."""
+        return self._is_aligned and grouped_lora.is_taken(self.model.device, self.model.dtype)
+
     def prepare(self, row: Row) -> None:
         """Finds which stretches of a row are multiplied together, and lays their adapters side by side."""
-        device, dtype = self.model.device, self.model.dtype
-        is_grouped = self._is_aligned and grouped_lora.is_taken(device, dtype)
+        is_grouped, dtype = self.is_grouped, self.model.dtype
         layers: dict[str, object] = {name: a.layers for name, a in self.adapters.items()}
         row.runs = grouped_lora.find_runs(row, layers, is_grouped)
         for run in row.runs:
@@ -455,7 +459,9 @@ def _multiply(
     h_tR = _down(share, x_tD, masks)
     for place, (member, b_RO, _) in enumerate(share.b):
         outputs_TO[member][run.rows].addmm_(
-            h_tR[:, share.columns(place)], b_RO.to(h_tR.dtype), alpha=share.scaling
+            h_tR[:, grouped_lora.columns(place, share.rank)],
+            b_RO.to(h_tR.dtype),
+            alpha=share.scaling,
         )
     return functools.partial(_slice_backward, share, run.rows, h_tR, masks)
 
@@ -471,7 +477,7 @@ def _slice_backward(
 ) -> None:
     grad_tR = torch.empty_like(h_tR)
     for place, (member, b_RO, grad_b_RO) in enumerate(share.b):
-        columns = share.columns(place)
+        columns = grouped_lora.columns(place, share.rank)
         grad_tO = grads_TO[member][rows]
         _accumulate(grad_b_RO, h_tR[:, columns].T, grad_tO, share.scaling)
         grad_tR[:, columns] = grad_tO @ b_RO.to(grad_tO.dtype).T

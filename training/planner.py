@@ -10,7 +10,6 @@ import numpy as np
 import psutil
 import torch
 
-from training import grouped_lora
 from training.config import TrialConfig
 from training.engine import PackedEngine, lora_config
 from training.examples import Examples
@@ -44,7 +43,7 @@ def plan_slots(engine: PackedEngine, config: TrialConfig, examples: Examples) ->
     """Measures one trial of `config` and divides the free memory by it; never fewer than one slot."""
     device = engine.model.device
     bytes_per_parameter = _BYTES_PER_PARAMETER
-    if grouped_lora.is_taken(device, engine.model.dtype):
+    if engine.lora.is_grouped:
         bytes_per_parameter += _BYTES_PER_STACKED_PARAMETER
     adapter_bytes = bytes_per_parameter * num_adapter_parameters(engine, config)
     longest = np.sort(examples.lengths)[-config.per_device_train_batch_size :]
